@@ -1,0 +1,1 @@
+"""Quintet: one contract, five interaction styles, any transport."""

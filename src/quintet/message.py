@@ -1,0 +1,77 @@
+"""What travels: a message on a channel, and the one function shape that carries it (imports nothing of ours)."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+from msgspec import Struct
+
+
+class Channel(Struct, frozen=True, cache_hash=True):
+    """Where a message goes.
+
+    `fanout`: every group receives a copy, one member of each; otherwise one receiver gets it.
+    `durable`: accepted means on disk, where the transport can; requests and surveys are not, their caller waits.
+    `temporary`: belongs to the one process that serves it and goes with it (replies, every-instance groups).
+    `route`: what a REST binding serves this channel under, as "GET /v1/passengers/{passenger_id}".
+    """
+
+    name: str
+    fanout: bool = False
+    durable: bool = False
+    temporary: bool = False
+    route: str = ""
+
+
+class Message(Struct, kw_only=True):
+    """Headers and body bytes. Knows no socket, no acknowledgement and no Python object.
+
+    `deadline` is this process's monotonic clock in seconds, None where nothing expires; a transport carries it as
+    remaining milliseconds (direct) or as wall-clock time (queues). `status` is empty on requests and good replies,
+    else the code of the failure (`errors.py`). Pseudo headers (":method", ":path", ":status", RFC 9113) travel in
+    `headers` beside the user's own and the W3C trace context.
+    """
+
+    channel: Channel
+    body: bytes = b""
+    id: str = ""
+    operation: str = ""
+    sender: str = ""
+    media_type: str = ""
+    version: str = ""
+    key: str = ""
+    reply_to: str = ""
+    correlation_id: str = ""
+    status: str = ""
+    deadline: float | None = None
+    attempt: int = 1
+    headers: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        failed = f", {self.status}" if self.status else ""
+        return f"<Message {self.id} {self.operation or self.channel.name} from {self.sender or '?'}{failed}>"
+
+
+Handler: TypeAlias = Callable[[Message], Awaitable[Message | None]]
+"""The centre: a transport's send, a server's handler and a wrapped client all have this shape."""
+
+
+_prefix = ""
+_counter = itertools.count()
+
+
+def _reseed() -> None:
+    global _prefix
+    _prefix = os.urandom(8).hex() + "-"
+
+
+_reseed()
+os.register_at_fork(after_in_child=_reseed)  # two children must not deal the same ids
+
+
+def new_id() -> str:
+    """A fresh message id: 64 random bits of the process and a counter (a tenth of the cost of uuid4)."""
+    return f"{_prefix}{next(_counter):x}"

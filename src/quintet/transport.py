@@ -1,0 +1,223 @@
+"""What a transport is (law 2): it carries messages, and is told by the core what becomes of each delivery."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from enum import Enum
+from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from msgspec import Struct
+
+from quintet.clock import SYSTEM, Clock
+from quintet.errors import AddressError
+from quintet.message import Channel, Message
+
+
+class Trait(Enum):
+    """An ability that a transport states once. The value is what the docs table and error messages say."""
+
+    REPLIES = "carries the reply to a message back by itself"
+    FANOUT = "gives every group its copy of a message"
+    DURABLE = "keeps accepted messages through a restart"
+    REDELIVERS = "delivers a message again when its receiver failed or died"
+    DELAYS = "can wait before it delivers again"
+    ORDERED = "delivers messages of one key one at a time and in order"
+
+
+class Done(Struct, frozen=True):
+    """The delivery is finished; `reply` goes back by itself where the transport has REPLIES."""
+
+    reply: Message | None = None
+
+
+class Again(Struct, frozen=True):
+    """Deliver it again after so many seconds, with `attempt` one higher. `reason` says why, for who looks."""
+
+    after: float
+    reason: str = ""
+
+
+class Dead(Struct, frozen=True):
+    """Never deliver it again: into the dead-letter channel, with the reason."""
+
+    reason: str
+
+
+Verdict: TypeAlias = Done | Again | Dead
+Receive: TypeAlias = Callable[[Message], Awaitable[Verdict]]
+"""What a transport calls with each delivery. It never raises, but may be cancelled (then it is unfinished)."""
+
+DONE = Done()
+
+
+class Serving(Protocol):
+    """One channel being served."""
+
+    async def stop(self) -> None:
+        """Takes no more, waits for the deliveries in work to be settled, then frees what it held."""
+        ...
+
+
+class Address(Struct, frozen=True):
+    """An address taken apart: `scheme://[user[:password]@]host[:port]/path?options`."""
+
+    text: str
+    scheme: str
+    host: str
+    port: int | None
+    path: str
+    options: dict[str, str]
+    user: str = ""
+    password: str = ""
+
+    def __str__(self) -> str:
+        return self.text.replace(f":{self.password}@", ":***@") if self.password else self.text
+
+    def option(self, name: str, default: float) -> float:
+        """A number among the options; refuses what is no number."""
+        try:
+            return float(self.options.get(name, default))
+        except ValueError:
+            raise AddressError(f"{self}: option {name}={self.options[name]!r} is not a number") from None
+
+
+class Transport(ABC):
+    """Carries messages over one address. It never retries, never invents a time-out, never logs: it raises.
+
+    Subclasses live one per file in `transports/`, named after the address's scheme, as the class `Carrier`.
+    """
+
+    traits: ClassVar[frozenset[Trait]]
+    binding: ClassVar[str] = "body"  # the file in bindings/ that turns values into this transport's messages
+    options: ClassVar[frozenset[str]] = frozenset()  # the names an address may carry behind the "?"
+
+    def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
+        self.address = address
+        self.clock = clock
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__module__.rpartition('.')[2]} {self.address}>"
+
+    async def open(self) -> None:  # noqa: B027 - most have something to open, memory has not
+        """Gets ready to send and serve; raises TransportError or Unavailable where it cannot."""
+
+    async def close(self) -> None:  # noqa: B027
+        """Frees everything. What was accepted stays with the broker."""
+
+    @abstractmethod
+    async def send(self, message: Message) -> Message | None:
+        """Returns once the message is accepted; the reply where the transport has REPLIES. Raises CallError."""
+
+    @abstractmethod
+    async def serve(self, channel: Channel, receive: Receive, group: str, limit: int = 100) -> Serving:
+        """Hands each delivery of the channel to `receive`, at most `limit` at once (which is also the prefetch),
+        and acts on the verdict. On a fan-out channel each group gets every message that was sent after its first
+        `serve` returned, whether one of its members is there at the moment or not (unless `temporary`)."""
+
+    async def ready(self) -> None:  # noqa: B027 - a transport that needs all its channels first listens here
+        """Called once after all channels of a service are served, before it says that it is ready."""
+
+
+class DeadLetter(Struct, kw_only=True):
+    """A message that will not be delivered again."""
+
+    id: str
+    channel: str
+    group: str
+    reason: str
+    attempts: int
+    died_at: float
+    message: Message
+
+
+class ChannelState(Struct, kw_only=True):
+    """What waits in a channel, per group (empty for point-to-point)."""
+
+    channel: str
+    group: str
+    waiting: int
+    in_work: int
+    dead: int
+    oldest: float | None
+    """Seconds that the oldest waiting message is old."""
+
+
+@runtime_checkable
+class Inspectable(Protocol):
+    """A transport whose channels can be looked at: `quintet tail` and `quintet dead` ask for it."""
+
+    def tail(self, channel: str) -> AsyncIterator[Message]:
+        """Each message that is sent to the channel from now on, without taking it from anyone.
+        `*` at the end matches any rest."""
+        ...
+
+    async def channels(self) -> Sequence[ChannelState]: ...
+
+    async def dead(self, channel: str | None = None) -> Sequence[DeadLetter]:
+        """Oldest first."""
+        ...
+
+    async def replay(self, ids: Sequence[str]) -> int:
+        """Puts dead letters back, attempt 1, to the group that failed on them. Returns how many."""
+        ...
+
+    async def drop(self, ids: Sequence[str]) -> int:
+        """Deletes dead letters for ever. Returns how many."""
+        ...
+
+
+def parse_address(text: str) -> Address:
+    """Takes an address apart; raises AddressError with what to write instead."""
+    parts = urlsplit(text)
+    if not parts.scheme or "://" not in text:
+        raise AddressError(
+            f"{text!r} is no address: write scheme://..., as http://127.0.0.1:8001 or sqlite:///rides.db"
+        )
+    try:
+        port = parts.port
+    except ValueError:
+        raise AddressError(f"{text!r}: the port must be a number from 0 to 65535") from None
+    return Address(
+        text=text,
+        scheme=parts.scheme,
+        host=parts.hostname or "",
+        port=port,
+        path=unquote(parts.path),
+        options=dict(parse_qsl(parts.query, keep_blank_values=True)),
+        user=unquote(parts.username or ""),
+        password=unquote(parts.password or ""),
+    )
+
+
+def carrier(address: Address) -> type[Transport]:
+    """The transport class behind an address: `https` and `nsq+lookup` are variants of `http` and `nsq`."""
+    name = address.scheme.partition("+")[0]
+    for candidate in (name, name.removesuffix("s")):
+        if candidate.isidentifier() and importlib.util.find_spec(f"quintet.transports.{candidate}"):
+            found: type[Transport] = importlib.import_module(f"quintet.transports.{candidate}").Carrier
+            return found
+    raise AddressError(f"{address}: unknown scheme {address.scheme!r}; known are {', '.join(schemes())}")
+
+
+def schemes() -> list[str]:
+    """The schemes that are installed, by name."""
+    import pkgutil
+
+    import quintet.transports as folder
+
+    return sorted(module.name for module in pkgutil.iter_modules(folder.__path__))
+
+
+def open_address(text: str, clock: Clock = SYSTEM) -> Transport:
+    """A transport for the address, not yet opened. Raises AddressError."""
+    address = parse_address(text)
+    found = carrier(address)
+    unknown = set(address.options) - found.options
+    if unknown:
+        known = ", ".join(sorted(found.options)) or "none"
+        raise AddressError(f"{address}: unknown option {', '.join(sorted(unknown))}; known are: {known}")
+    return found(address, clock)
