@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import msgspec
 from msgspec import Struct
 
-from quintet.errors import ConfigurationError
+from quintet.errors import ConfigurationError, InvalidMessage, UnsupportedMediaType
 
 T = TypeVar("T")
 
@@ -47,3 +49,47 @@ def format_named(name: str) -> Format:
     if found is None:
         raise ConfigurationError(f"unknown format {name!r}; installed are {', '.join(installed())}")
     return found
+
+
+def by_media_type(operation: str, media_type: str) -> str:
+    """The name of the format that reads a media type. Raises UnsupportedMediaType with the ones there are."""
+    found = _media_types().get(media_type)
+    if found is None:
+        raise UnsupportedMediaType(
+            f"{operation}: cannot read {media_type or 'a body without media type'!r}; send one of {', '.join(_media_types())}"
+        )
+    return found
+
+
+@cache
+def _media_types() -> dict[str, str]:
+    return {format_.media_type: name for name, format_ in installed().items()}
+
+
+_PLACE = re.compile(r" - at `(?:key` in `)?\$(?P<path>[^`]*)`$")
+_MISSING = re.compile(r"missing required field `(?P<field>[^`]+)`")
+
+
+def strict(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """A msgspec decoder whose complaints are InvalidMessage, naming the path of the field, as "pickup.lat"."""
+
+    def decode_or_name_the_field(body: bytes) -> Any:
+        try:
+            return decode(body)
+        except RecursionError:
+            raise InvalidMessage("the body is nested too deep") from None
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise _invalid(str(error)) from None
+
+    return decode_or_name_the_field
+
+
+def _invalid(complaint: str) -> InvalidMessage:
+    place = _PLACE.search(complaint)
+    path = place["path"].lstrip(".") if place else ""
+    said = complaint[: place.start()] if place else complaint
+    missing = _MISSING.search(said)
+    if missing:
+        path = f"{path}.{missing['field']}" if path else missing["field"]
+        said = "missing required field"
+    return InvalidMessage(f"{path}: {said}" if path else said, path=path)

@@ -30,7 +30,8 @@ class Message(Struct, kw_only=True):
     """Headers and body bytes. Knows no socket, no acknowledgement and no Python object.
 
     `deadline` is this process's monotonic clock in seconds, None where nothing expires; a transport carries it as
-    remaining milliseconds (direct) or as wall-clock time (queues). `status` is empty on requests and good replies,
+    remaining milliseconds (direct) or as wall-clock time (queues); `until` is when the sender gives up, and stays here:
+    the time-out of what nobody waits for bounds its acceptance only. `status` is empty on requests and good replies,
     else the code of the failure (`errors.py`). Pseudo headers (":method", ":path", ":status", RFC 9113) travel in
     `headers` beside the user's own and the W3C trace context.
     """
@@ -47,6 +48,7 @@ class Message(Struct, kw_only=True):
     correlation_id: str = ""
     status: str = ""
     deadline: float | None = None
+    until: float | None = None
     attempt: int = 1
     headers: dict[str, str] = {}
 
