@@ -36,6 +36,10 @@ class Workers(Generic[T]):
         return f"<Workers {self.busy} busy of {self.limit}{', stopped' if self._stopped else ''}>"
 
     @property
+    def stopped(self) -> bool:
+        return self._stopped
+
+    @property
     def free(self) -> int:
         """How many deliveries more could be in work now."""
         return 0 if self._stopped else self.limit - self.busy
