@@ -1,0 +1,502 @@
+"""HTTP/1.1 as pure bytes and tables: which route a request means, and how a Message looks as a request and a response.
+
+What a binding finds in `Message.headers` of a request beside the client's own headers (names in lower case):
+
+| pseudo header  | value                                                                            |
+|----------------|----------------------------------------------------------------------------------|
+| `:method`      | as sent; a `HEAD` reaches the route of `GET`, its body is dropped by the server  |
+| `:path`        | as sent: percent-encoded, with the raw query string behind `?`                   |
+| `:param-NAME`  | what stands in the path for `{NAME}`, percent-decoded, never empty               |
+
+A request without `:method` and `:path` goes to its channel's route, and where that is empty to `POST /NAME-OF-CHANNEL`.
+In a reply `:status` is the HTTP status; without it 204 where there is no body, else the one of `Message.status`
+(200 where that is empty). The other fields of a Message travel as FIELDS says. Names and values are UTF-8 (obs-text of
+RFC 9110, section 5.5); framing headers (FRAMING) are this module's and are never taken from a Message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Final, Generic, TypeVar
+from urllib.parse import quote, unquote
+
+import httptools
+from msgspec import Struct
+
+from quintet.errors import (
+    BY_CODE,
+    PROBLEM_MEDIA_TYPE,
+    CallError,
+    InvalidMessage,
+    TooLarge,
+    UnknownOperation,
+    to_problem,
+)
+from quintet.message import Channel, Message, new_id
+
+Target = TypeVar("Target")
+
+FIELDS: Final = {
+    "id": "idempotency-key",
+    "operation": "quintet-operation",
+    "sender": "quintet-sender",
+    "version": "quintet-version",
+    "key": "quintet-key",
+    "reply_to": "quintet-reply-to",
+    "correlation_id": "quintet-correlation",
+    "status": "quintet-status",
+}
+"""The header that carries each text field of a Message. `media_type` is Content-Type; the two numbers are below."""
+
+TIMEOUT: Final = "quintet-timeout"  # the remaining milliseconds until `deadline`
+ATTEMPT: Final = "quintet-attempt"
+
+FRAMING: Final = frozenset(
+    {"connection", "content-length", "content-type", "expect", "host", "keep-alive", "te", "trailer"}
+    | {"transfer-encoding", "upgrade"}
+)
+"""Headers that belong to one connection or to the body's frame."""
+
+_FIELD_OF = {name: field for field, name in FIELDS.items()}
+_OURS = FRAMING | _FIELD_OF.keys() | {TIMEOUT, ATTEMPT, "date"}
+_REQUEST_FIELDS = tuple((field, name) for field, name in FIELDS.items() if field != "status")
+_REPLY_FIELDS = tuple((field, name) for field, name in FIELDS.items() if field not in {"id", "operation", "key"})
+
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+FOREIGN: Final = {
+    400: "invalid",
+    404: "unknown-operation",
+    406: "not-acceptable",
+    413: "too-large",
+    415: "unsupported-media-type",
+    422: "invalid",
+    429: "overloaded",
+    502: "connection-lost",
+    503: "overloaded",
+    504: "deadline",
+}
+"""The failure that an HTTP status means where the server is no Quintet and names none; others are "remote"."""
+
+
+class MalformedHTTP(Exception):
+    """Bytes that are no HTTP/1.1 response; the text says why."""
+
+
+# --- routes
+
+
+class _Leaf(Generic[Target]):
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names  # of the path's parameters, as pseudo headers
+        self.targets: dict[str, Target] = {}  # by operation; "" where the route alone decides
+
+
+class _Node(Generic[Target]):
+    def __init__(self) -> None:
+        self.literals: dict[str, _Node[Target]] = {}
+        self.parameter: _Node[Target] | None = None
+        self.methods: dict[str, _Leaf[Target]] = {}
+
+
+class NotRouted(Exception):
+    """No target: `error` says why, `status` is the HTTP status, `allow` the methods that the path knows."""
+
+    def __init__(self, status: int, allow: str, error: CallError) -> None:
+        super().__init__(str(error))
+        self.status, self.allow, self.error = status, allow, error
+
+
+class Router(Generic[Target]):
+    """Finds the target of a method and a path. A literal segment beats a parameter, segment by segment."""
+
+    def __init__(self) -> None:
+        self._root: _Node[Target] = _Node()
+
+    def add(self, route: str, target: Target) -> None:
+        """Adds "GET /v1/passengers/{passenger_id}", or "POST /v1#get" for one of several operations there.
+
+        Raises ValueError with a sentence where the route is malformed or taken.
+        """
+        method, path, operation = split_route(route)
+        node, names = self._root, []
+        for segment in path[1:].split("/"):
+            name = segment[1:-1]
+            if segment == f"{{{name}}}" and name.isidentifier():
+                node.parameter = node.parameter or _Node()
+                node = node.parameter
+                names.append(f":param-{name}")
+            elif "{" in segment or "}" in segment:
+                raise ValueError(f"route {route!r}: a parameter takes a whole segment of the path, as /{{name}}/")
+            else:
+                node = node.literals.setdefault(unquote(segment), _Node())
+        leaf = node.methods.setdefault(method, _Leaf(tuple(names)))
+        if operation in leaf.targets or (leaf.targets and "" in {operation, *leaf.targets}):
+            raise ValueError(f"route {route!r} is served twice: give one of the two another path or method")
+        if leaf.names != tuple(names):
+            raise ValueError(f"route {route!r} names its parameters otherwise than {', '.join(leaf.names)}")
+        leaf.targets[operation] = target
+
+    def remove(self, route: str) -> None:
+        """Takes a route away; its path answers 404 or 405 from now on."""
+        method, path, operation = split_route(route)
+        node = self._root
+        for segment in path[1:].split("/"):
+            parameter = node.parameter if segment.startswith("{") else None
+            node = parameter or node.literals[unquote(segment)]
+        leaf = node.methods[method]
+        del leaf.targets[operation]
+        if not leaf.targets:
+            del node.methods[method]
+
+    def find(self, method: str, path: str, operation: str = "") -> tuple[Target, dict[str, str]]:
+        """The target and the path's parameters as pseudo headers; `path` is raw, without query. Raises NotRouted."""
+        segments = path[1:].split("/")
+        if "%" in path:
+            try:
+                segments = [unquote(segment, errors="strict") for segment in segments]
+            except UnicodeDecodeError:
+                raise NotRouted(400, "", InvalidMessage(f"the path {path!r} is not UTF-8 when decoded")) from None
+        values: list[str] = []
+        node = _walk(self._root, segments, 0, values)
+        if node is None:
+            raise NotRouted(404, "", UnknownOperation(f"nothing is served at {path!r}"))
+        leaf = node.methods.get(method)
+        if leaf is None and method == "HEAD":
+            leaf = node.methods.get("GET")
+        if leaf is None:
+            known = {*node.methods, "OPTIONS"} | ({"HEAD"} if "GET" in node.methods else set())
+            allow = ", ".join(sorted(known))
+            raise NotRouted(405, allow, UnknownOperation(f"{path!r} knows no {method}, only {allow}"))
+        target = leaf.targets.get("")
+        if target is None:
+            target = leaf.targets.get(operation)
+            if target is None:
+                there = ", ".join(sorted(leaf.targets))
+                said = f"is {operation!r}" if operation else "is missing"
+                raise NotRouted(
+                    404, "", UnknownOperation(f"the header Quintet-Operation {said}; {path!r} serves: {there}")
+                )
+        return target, dict(zip(leaf.names, values, strict=True)) if values else {}
+
+
+def _walk(node: _Node[Target], segments: list[str], depth: int, values: list[str]) -> _Node[Target] | None:
+    """The node with methods behind the segments; `values` receives what stood for the parameters."""
+    if depth == len(segments):
+        return node if node.methods else None
+    segment = segments[depth]
+    literal = node.literals.get(segment)
+    if literal is not None:
+        found = _walk(literal, segments, depth + 1, values)
+        if found is not None:
+            return found
+    if node.parameter is not None and segment:
+        values.append(segment)
+        found = _walk(node.parameter, segments, depth + 1, values)
+        if found is not None:
+            return found
+        values.pop()
+    return None
+
+
+def split_route(route: str) -> tuple[str, str, str]:
+    """The method, the path and the operation of "POST /v1/passengers#get". Raises ValueError."""
+    method, space, rest = route.partition(" ")
+    path, _, operation = rest.partition("#")
+    if not space or not method.isupper() or not method.isalpha() or not path.startswith("/") or " " in rest:
+        raise ValueError(f"route {route!r}: write a method and a path, as 'GET /v1/passengers/{{passenger_id}}'")
+    return method, path, operation
+
+
+def route_of(channel: Channel) -> str:
+    """What a channel is served under: its own route, else `POST /name`."""
+    return channel.route or f"POST /{quote(channel.name, safe='')}"
+
+
+# --- a Message as a request
+
+
+def request_bytes(message: Message, host: str, prefix: str, now: float) -> bytes:
+    """Head and body of the request. `host` is the Host header's value, `prefix` what stands before every path.
+
+    `now` is the monotonic time by which the remaining milliseconds are reckoned. Raises InvalidMessage where a header
+    or the path cannot stand in HTTP.
+    """
+    headers = message.headers
+    path = headers.get(":path")
+    if path is None:
+        method, path, _ = split_route(route_of(message.channel))
+        if "{" in path:
+            raise InvalidMessage(f"{message.channel.name}: its path {path} has parameters, and the message no :path")
+    else:
+        method = headers.get(":method", "POST")
+    body = message.body
+    lines = [f"{method} {prefix}{path} HTTP/1.1\r\nhost: {host}"]
+    if body or method not in _BODILESS:
+        lines.append(f"content-length: {len(body)}")
+    if message.media_type and body:
+        lines.append(f"content-type: {message.media_type}")
+    for field, name in _REQUEST_FIELDS:
+        value = getattr(message, field)
+        if value:
+            lines.append(f"{name}: {value}")
+    if message.deadline is not None:
+        lines.append(f"{TIMEOUT}: {max(0, int((message.deadline - now) * 1000))}")
+    if message.attempt != 1:
+        lines.append(f"{ATTEMPT}: {message.attempt}")
+    for name, value in headers.items():
+        if name[0] != ":" and name not in _OURS:
+            if name not in _KNOWN_NAMES and (not _TOKEN.fullmatch(name) or name.lower() in _OURS):
+                raise InvalidMessage(f"header {name!r} cannot stand in HTTP: its name is malformed or reserved")
+            lines.append(f"{name}: {value}")
+    if " " in path or not path.isascii():
+        raise InvalidMessage(f"the path {path!r} must be percent-encoded")
+    head = "\r\n".join(lines)
+    # one pass over the whole head instead of one per value: a smuggled line end shows in the count
+    if head.count("\n") != len(lines) or head.count("\r") != len(lines) or "\0" in head:
+        raise InvalidMessage(f"{message!r}: a header holds a line break, which cannot stand in HTTP")
+    return f"{head}\r\n\r\n".encode() + body
+
+
+_BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
+_KNOWN_NAMES = {
+    name: name
+    for name in (
+        *FIELDS.values(), TIMEOUT, ATTEMPT, *FRAMING, "accept", "accept-encoding", "accept-language", "authorization",
+        "baggage", "cache-control", "cookie", "date", "etag", "if-match", "if-modified-since", "if-none-match", "link",
+        "last-modified", "location", "prefer", "retry-after", "server", "traceparent", "tracestate",
+        "user-agent", "vary",
+    )
+}  # fmt: skip
+_NAME_OF = {name.encode(): name for name in _KNOWN_NAMES}
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
+
+
+def _add(headers: dict[str, str], raw_name: bytes, raw_value: bytes) -> None:
+    name = _NAME_OF.get(raw_name) or raw_name.decode("latin-1").lower()
+    value = _text(raw_value)
+    if name in headers:  # RFC 9110, section 5.3; cookies are the exception
+        value = headers[name] + ("; " if name == "cookie" else ", ") + value
+    headers[name] = value
+
+
+def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Names in lower case; what stands twice is joined by commas (RFC 9110, section 5.3)."""
+    headers: dict[str, str] = {}
+    for name, value in raw:
+        _add(headers, name, value)
+    return headers
+
+
+def read_request(channel: Channel, headers: dict[str, str], body: bytes, now: float) -> Message:
+    """The Message of a request whose `headers` hold the pseudo headers already. Raises InvalidMessage (a 400)."""
+    fields: dict[str, Any] = {_FIELD_OF[name]: headers[name] for name in headers.keys() & _REQUEST_NAMES}
+    if TIMEOUT in headers:
+        fields["deadline"] = now + _number(headers, TIMEOUT) / 1000
+    if ATTEMPT in headers:
+        fields["attempt"] = max(1, _number(headers, ATTEMPT))
+    if not fields.get("id"):
+        fields["id"] = new_id()
+    media_type = headers.get("content-type", "")
+    if ";" in media_type or media_type != media_type.lower():
+        media_type = media_type.partition(";")[0].strip().lower()
+    return Message(channel=channel, body=body, media_type=media_type, headers=headers, **fields)
+
+
+_REQUEST_NAMES = frozenset(name for _, name in _REQUEST_FIELDS)
+
+
+def _number(headers: dict[str, str], name: str) -> int:
+    text = headers[name]
+    if not text.isdecimal() or len(text) > 12:
+        raise InvalidMessage(f"the header {name.title()} must be a whole number, not {text[:40]!r}")
+    return int(text)
+
+
+# --- a Message as a response
+
+
+class Response(Struct):
+    """A response's parts; header names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    keep_alive: bool = True
+
+
+RawHeaders = list[tuple[bytes, bytes]]
+
+
+def write_response(reply: Message | None) -> tuple[int, RawHeaders, bytes]:
+    """Status, headers and body of a delivery that is done. Raises ValueError where a header cannot stand in HTTP."""
+    if reply is None:
+        return 204, [], b""
+    headers, body = reply.headers, reply.body
+    said = headers.get(":status")
+    if said is not None:
+        status = int(said)
+    elif reply.status:
+        status = BY_CODE[reply.status].http_status if reply.status in BY_CODE else 500
+    else:
+        status = 200 if body else 204
+    raw: RawHeaders = []
+    if status not in {204, 304}:
+        raw.append((b"content-length", b"%d" % len(body)))
+        if reply.media_type:
+            raw.append((b"content-type", _checked("content-type", reply.media_type)))
+    elif body:
+        body = b""
+    for field, name in _REPLY_FIELDS:
+        value = getattr(reply, field)
+        if value:
+            raw.append((name.encode(), _checked(name, value)))
+    for name, value in headers.items():
+        if name[0] != ":" and name not in _OURS:
+            if name not in _KNOWN_NAMES and not _TOKEN.fullmatch(name):
+                raise ValueError(f"the reply's header {name!r} cannot stand in HTTP: its name is malformed")
+            raw.append((name.lower().encode(), _checked(name, value)))
+    return status, raw, body
+
+
+def _checked(name: str, value: str) -> bytes:
+    if not value.isprintable() and _CONTROL.search(value):
+        raise ValueError(f"the reply's header {name!r} holds a control character, which cannot stand in HTTP")
+    return value.encode()
+
+
+def write_problem(error: CallError, status: int = 0, *more: tuple[bytes, bytes]) -> tuple[int, RawHeaders, bytes]:
+    """A failure as application/problem+json (RFC 9457), under another HTTP status where one is given."""
+    body = to_problem(error)
+    if status and status != error.http_status:
+        body = body.replace(b'"status":%d' % error.http_status, b'"status":%d' % status, 1)
+    headers: RawHeaders = [
+        (b"content-length", b"%d" % len(body)),
+        (b"content-type", PROBLEM_MEDIA_TYPE.encode()),
+        (FIELDS["status"].encode(), error.code.encode()),
+        *more,
+    ]
+    return status or error.http_status, headers, body
+
+
+def read_response(response: Response, request: Message) -> Message:
+    """The reply Message. A failure's code is the server's own word, else what FOREIGN says of the HTTP status."""
+    headers = response.headers
+    status = headers.get(FIELDS["status"], "")
+    if not status and response.status >= 400:
+        status = FOREIGN.get(response.status, "remote")
+    headers[":status"] = str(response.status)
+    media_type = headers.get("content-type", "")
+    if ";" in media_type:
+        media_type = media_type.partition(";")[0].rstrip()
+    get = headers.get
+    return Message(
+        channel=request.channel,
+        body=response.body,
+        operation=request.operation,
+        sender=get(FIELDS["sender"], ""),
+        version=get(FIELDS["version"], ""),
+        media_type=media_type,
+        correlation_id=get(FIELDS["correlation_id"]) or request.correlation_id or request.id,
+        status=status,
+        headers=headers,
+    )
+
+
+class ResponseParser:
+    """Bytes of one connection into Responses, one request at a time. Feed it, and ask for `take`.
+
+    `max_head` and `max_body` are bytes. Raises MalformedHTTP, and TooLarge over `max_body`; it is of no use after that.
+    """
+
+    def __init__(self, max_body: int, max_head: int = 65536) -> None:
+        self.max_body, self.max_head = max_body, max_head
+        self._parser = httptools.HttpResponseParser(self)
+        self._response: Response | None = None
+        self.expect("")
+
+    def expect(self, method: str) -> None:
+        """The next response answers a request of this method: the one to HEAD has no body (RFC 9112, section 6.3)."""
+        self._head_only = method == "HEAD"
+        self._in_head, self._fed, self._size = True, 0, 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether bytes of the expected response have come."""
+        return self._fed > 0
+
+    def feed(self, data: bytes) -> Response | None:
+        """The response, once its last byte has come."""
+        if self._in_head:
+            self._fed += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            raise MalformedHTTP("the server switched protocols unasked") from None
+        except httptools.HttpParserCallbackError as error:
+            if isinstance(error.__context__, TooLarge | MalformedHTTP):
+                raise error.__context__ from None
+            raise
+        except httptools.HttpParserError as error:
+            if self._response is None:
+                raise MalformedHTTP(str(error) or "malformed") from None
+            self._response.keep_alive = False  # what follows a whole response is not its business
+        if self._in_head and self._fed > self.max_head:
+            raise MalformedHTTP(f"the head is larger than {self.max_head} bytes")
+        response, self._response = self._response, None
+        return response
+
+    def finish(self) -> Response | None:
+        """The connection has ended: the response, where its end is the body's end."""
+        if self._in_head or self._framed or self._head_only:
+            return None
+        return Response(self._status, self._headers, b"".join(self._body), False)
+
+    def on_message_begin(self) -> None:
+        if self._response is not None:
+            self._response.keep_alive = False  # a second response that nobody asked for
+            raise MalformedHTTP("more came than was asked for")
+        self._headers: dict[str, str] = {}
+        self._body: list[bytes] = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        _add(self._headers, name, value)
+
+    def on_headers_complete(self) -> None:
+        self._status = self._parser.get_status_code()
+        if self._status < 200:
+            return
+        headers = self._headers
+        self._in_head = False
+        self._framed = "content-length" in headers or "transfer-encoding" in headers
+        if int(headers.get("content-length", 0)) > self.max_body and not self._head_only:
+            raise TooLarge(f"the answer has {headers['content-length']} bytes, more than the {self.max_body} allowed")
+        if self._head_only:  # the parser would wait for the body, so this connection ends here
+            self._response = Response(self._status, headers, b"", False)
+
+    def on_body(self, body: bytes) -> None:
+        if self._head_only:
+            return
+        self._size += len(body)
+        if self._size > self.max_body:
+            raise TooLarge(f"the answer has more than the {self.max_body} bytes allowed")
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        if self._status < 200 or self._head_only:  # 1xx announces the real one
+            return
+        body = self._body
+        self._response = Response(
+            self._status,
+            self._headers,
+            body[0] if len(body) == 1 else b"".join(body),
+            self._parser.should_keep_alive(),
+        )
