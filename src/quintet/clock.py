@@ -6,11 +6,45 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 
 class Handle(Protocol):
     def cancel(self) -> None: ...
+
+
+class Wheel:
+    """Many coarse timers behind few of the loop's: to set and to clear one costs next to nothing.
+
+    Time-outs are set on every call and almost never fire. A timer fires at most `GRAIN` seconds late, never early.
+    """
+
+    GRAIN = 1 / 128
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._slots: dict[int, dict[object, Callable[[], None]]] = {}
+
+    def set(self, when: float, token: object, callback: Callable[[], None]) -> int:
+        """Calls back once `now()` has reached `when`, unless `clear(slot, token)` comes first; returns the slot."""
+        slot = int(when / self.GRAIN) + 1
+        timers = self._slots.get(slot)
+        if timers is None:
+            timers = self._slots[slot] = {}
+            self._clock.call_at(slot * self.GRAIN, partial(self._fire, slot))
+        timers[token] = callback
+        return slot
+
+    def clear(self, slot: int, token: object) -> None:
+        timers = self._slots.get(slot)
+        if timers is not None:
+            timers.pop(token, None)
+
+    def _fire(self, slot: int) -> None:
+        for callback in self._slots.pop(slot, {}).values():
+            callback()
 
 
 class Clock:
@@ -24,6 +58,16 @@ class Clock:
 
     def __init__(self, seed: int | None = None) -> None:
         self.random = random.Random(seed)  # noqa: S311 - jitter, not secrets
+
+        self._wheels: WeakKeyDictionary[asyncio.AbstractEventLoop, Wheel] = WeakKeyDictionary()
+
+    def wheel(self) -> Wheel:
+        """The running loop's coarse timers."""
+        loop = asyncio.get_running_loop()
+        found = self._wheels.get(loop)
+        if found is None:
+            found = self._wheels[loop] = Wheel(self)
+        return found
 
     def call_at(self, when: float, callback: Callable[[], None]) -> Handle:
         """Calls back on the running loop once `now()` has reached `when` (seconds)."""

@@ -192,8 +192,10 @@ class Operation(Generic[P, R, S]):
     def __get__(self: Operation[P, R, Notification], instance: Contract, owner: type[Any]) -> Call[P, R]: ...
     @overload
     def __get__(self: Operation[P, R, AsyncRequest], instance: Contract, owner: type[Any]) -> PendingCall[P, R]: ...
-    def __get__(self, instance: Contract | None, owner: type[Any]) -> Any:
-        if instance is None:
+    @overload
+    def __get__(self, instance: object, owner: type[Any]) -> Operation[P, R, S]: ...
+    def __get__(self, instance: object, owner: type[Any]) -> Any:
+        if not isinstance(instance, Contract):
             return self
         # a connected client holds its calls in its own __dict__, which comes first: this one is not connected
         raise AttributeError(

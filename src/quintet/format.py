@@ -56,7 +56,7 @@ def by_media_type(operation: str, media_type: str) -> str:
     found = _media_types().get(media_type)
     if found is None:
         raise UnsupportedMediaType(
-            f"{operation}: cannot read {media_type or 'a body without media type'!r}; send one of {', '.join(_media_types())}"
+            f"{operation}: cannot read {media_type or 'a body of no media type'!r}; send {' or '.join(_media_types())}"
         )
     return found
 

@@ -1,0 +1,283 @@
+"""The caller's side: `connect`, and how a call becomes a message and its reply a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from quintet.binding import PENDING, Bound, bind, fill_link
+from quintet.call import DEFAULTS, Call, Options, Pending, PendingCall, Reply
+from quintet.clock import SYSTEM, Clock
+from quintet.context import CURRENT
+from quintet.contract import FANOUT, NEEDS, Contract, Operation, Style, check
+from quintet.errors import CallError, CannotCarry, ConnectionLost, DeadlineExceeded, Safety
+from quintet.filter import Guarded, chain, client_filters
+from quintet.message import Handler, Message, new_id
+from quintet.policy import Policies, resolve
+from quintet.replies import Replies
+from quintet.transport import Trait, Transport, open_address
+
+C = TypeVar("C", bound=Contract)
+
+COLLECT_WAIT = 20.0  # seconds that one request for a pending answer stays with the service before it asks again
+_TRACE = ("traceparent", "tracestate", "baggage")  # W3C trace context, handed on to nested calls
+
+
+class Carriers:
+    """The transports that one client or service talks through: one per address, with its replies where needed."""
+
+    def __init__(self, owner: str, clock: Clock) -> None:
+        self.owner = owner
+        self.clock = clock
+        self._open: dict[str, Transport] = {}
+        self._replies: dict[str, Replies] = {}
+        self._stack = AsyncExitStack()
+
+    async def reach(self, address: str) -> Transport:
+        """The opened transport of an address. Raises AddressError, TransportError."""
+        found = self._open.get(address)
+        if found is None:
+            found = open_address(address, self.clock)
+            await found.open()
+            self._stack.push_async_callback(found.close)
+            self._open[address] = found
+        return found
+
+    async def exchange(self, transport: Transport) -> Handler:
+        """Sends a request over the transport and brings its reply."""
+        if Trait.REPLIES in transport.traits:
+            return transport.send
+        return (await self.replies(transport)).exchange
+
+    async def replies(self, transport: Transport) -> Replies:
+        address = transport.address.text
+        found = self._replies.get(address)
+        if found is None:
+            found = self._replies[address] = Replies(transport, self.owner)
+            await found.open()
+            self._stack.push_async_callback(found.close)
+        return found
+
+    async def choose(self, operation: Operation[Any, Any, Any], addresses: Sequence[str]) -> Transport:
+        """The first of the addresses that can carry the operation. Raises CannotCarry with what each one lacks."""
+        lacking: list[str] = []
+        for address in addresses:
+            transport = await self.reach(address)
+            missing = NEEDS[operation.style] - transport.traits
+            if not missing:
+                return transport
+            lacking += [f"{transport.address} lacks {trait.name} ({trait.value})" for trait in missing]
+        raise CannotCarry(
+            f"{operation!r} ({operation.style.value}) cannot be carried: {'; '.join(lacking) or 'no address was given'}"
+        )
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+
+class Sender:
+    """One operation on its way out: compiled once, then `prepare` and `send` for each message."""
+
+    def __init__(
+        self,
+        operation: Operation[Any, Any, Any],
+        bound: Bound,
+        exchange: Handler,
+        guarded: Guarded,
+        sender: str,
+    ) -> None:
+        self.operation = operation
+        self.bound = bound
+        self._record = operation.record
+        self._key_of = operation.key_of
+        self._sender = sender
+        self.clock = guarded.clock
+        self.patience = guarded.policy.timeout or 1.0  # beside the wait that a pending answer's request asks for
+
+        async def exchange_or_raise(message: Message) -> Message | None:
+            reply = await exchange(message)
+            if reply is not None and reply.status:
+                failure = bound.failure(reply)  # an exception again, inside the filters: retry and breaker must see it
+                if failure is not None:
+                    raise failure
+            return reply
+
+        self.send = chain(client_filters(guarded), exchange_or_raise)
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options = DEFAULTS) -> Message:
+        """The call as a message. Raises TypeError for arguments that are not the operation's."""
+        try:
+            record = self._record(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.operation!r}: {error}") from None
+        message = self.bound.request(record)
+        message.id = new_id()
+        message.sender = self._sender
+        if self._key_of:
+            message.key = self._key_of(record)
+        current = CURRENT.get()._message
+        if current is not None and current.headers:
+            for name in _TRACE:
+                if name in current.headers:
+                    message.headers[name] = current.headers[name]
+        if options is not DEFAULTS:
+            message.key = options.key or message.key
+            message.headers.update(options.headers)
+            now = self.clock.now()
+            if options.timeout is not None:
+                message.until = now + options.timeout
+            if options.expires is not None:
+                message.deadline = now + options.expires
+        return message
+
+
+class Line:
+    """An operation of a connected client (call.Line)."""
+
+    def __init__(self, sender: Sender, lines: Mapping[str, Line], companions: tuple[Sender, Sender] | None) -> None:
+        self.name = sender.operation.full_name
+        self.sender = sender
+        self._lines = lines
+        self._companions = companions
+        self._waits = sender.operation.style is Style.REQUEST
+
+    async def value(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
+        message = self.sender.prepare(args, kwargs, options)
+        reply = await self.sender.send(message)
+        if self._waits:
+            return self.sender.bound.result(_there(reply, self.name))
+        return Pending(self, message.id) if self._companions else None
+
+    async def reply(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Reply[Any]:
+        message = self.sender.prepare(args, kwargs, options)
+        reply = await self.sender.send(message)
+        if not self._waits:
+            return Reply(Pending(self, message.id) if self._companions else None, reply.headers if reply else {})
+        reply = _there(reply, self.name)
+        value = self.sender.bound.result(reply)
+        links = {
+            name: partial(self._follow, name, href, value) for name, href in self.sender.bound.links(reply).items()
+        }
+        return Reply(value, reply.headers, links)
+
+    async def _follow(self, name: str, href: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+        operation = self.sender.operation
+        target = self._lines[operation.links[name].operation].sender
+        filled = fill_link(operation, name, value)
+        open_fields = [field for field in target.operation.record.__struct_fields__ if field not in filled]
+        message = target.prepare((), filled | dict(zip(open_fields, args, strict=False)) | kwargs)
+        if href:
+            message.headers[":path"] = href
+        return target.bound.result(_there(await target.send(message), target.operation.full_name))
+
+    async def result(self, pending_id: str, wait: float | None) -> Any:
+        collect, clock = self._companion(0), self.sender.clock
+        until = None if wait is None else clock.now() + wait
+        failures = 0
+        while True:
+            left = COLLECT_WAIT if until is None else min(COLLECT_WAIT, max(0.0, until - clock.now()))
+            message = collect.prepare((pending_id, left), {})
+            message.until = clock.now() + left + collect.patience
+            try:
+                reply = _there(await collect.send(message), self.name)
+            except CallError as error:
+                # to ask again is harmless: who said how long they wait outlives a restart of the service
+                failures += 1
+                pause = min(0.1 * 2**failures, 2.0)
+                if error.safety is Safety.FAILED or until is None or clock.now() + pause >= until:
+                    raise
+                await clock.sleep(pause)
+                continue
+            if reply.status != PENDING:
+                return collect.bound.result(reply)
+            if until is not None and clock.now() >= until:
+                raise DeadlineExceeded(f"{self.name}: no answer yet after {wait:g} s (the work goes on)")
+
+    async def cancel(self, pending_id: str) -> None:
+        withdraw = self._companion(1)
+        await withdraw.send(withdraw.prepare((pending_id,), {}))
+
+    def _companion(self, which: int) -> Sender:
+        assert self._companions is not None, "only an async request has a result and a cancel"  # noqa: S101
+        return self._companions[which]
+
+
+def _there(reply: Message | None, name: str) -> Message:
+    if reply is None:
+        raise ConnectionLost(f"{name}: the transport brought no reply")
+    return reply
+
+
+async def plug(
+    client: Contract, carriers: Carriers, addresses: Sequence[str], policies: Policies, format_name: str, name: str
+) -> None:
+    """Puts the typed calls of its contract into a client that sends under `name`. Raises ConfigurationError."""
+    contract = type(client)
+    policy = resolve(contract, policies)
+    lines: dict[str, Line] = {}
+
+    async def sender(operation: Operation[Any, Any, Any], policy_of: str, transport: Transport) -> Sender:
+        bound = bind(transport.binding, operation, format_name)
+        waits = operation.style is Style.REQUEST
+        exchange = await carriers.exchange(transport) if waits else transport.send
+        return Sender(operation, bound, exchange, Guarded(operation, policy[policy_of], carriers.clock), name)
+
+    for attribute, operation in contract.__quintet__.operations.items():
+        if operation.style in FANOUT:
+            continue  # only the contract's own service publishes and asks
+        transport = await carriers.choose(operation, addresses)
+        companions = None
+        call: type[Call[Any, Any]] = Call
+        if operation.style is Style.ASYNC_REQUEST:
+            collect, withdraw = operation.companions
+            companions = (await sender(collect, attribute, transport), await sender(withdraw, attribute, transport))
+            call = PendingCall
+        lines[attribute] = Line(await sender(operation, attribute, transport), lines, companions)
+        client.__dict__[attribute] = call(lines[attribute])
+
+
+class connect(Generic[C]):  # noqa: N801 - reads as a verb: async with connect(Trips, address) as trips
+    """A typed client of a contract: `async with connect(Passengers, "http://127.0.0.1:8001") as passengers: ...`.
+
+    `addresses`: one or several; each operation takes the first that can carry its style. `policy`: a Policy, or a list
+    of one and of `on(operation, ...)`. `name`: what the service sees as the sender. `format`: what requests are written
+    in. Raises ConfigurationError on entering; its calls raise declared faults and CallError.
+    """
+
+    def __init__(
+        self,
+        contract: type[C],
+        addresses: str | Sequence[str],
+        *,
+        policy: Policies = (),
+        name: str = "client",
+        format: str = "json",  # noqa: A002 - the word users know
+        clock: Clock = SYSTEM,
+    ) -> None:
+        check(contract)
+        self._contract = contract
+        self._addresses = [addresses] if isinstance(addresses, str) else list(addresses)
+        self._policy = policy
+        self._format = format
+        self._name = name
+        self._carriers = Carriers(name, clock)
+
+    def __repr__(self) -> str:
+        return f"<connect {self._contract.__name__} at {', '.join(self._addresses)}>"
+
+    async def __aenter__(self) -> C:
+        client = self._contract()
+        try:
+            await plug(client, self._carriers, self._addresses, self._policy, self._format, self._name)
+        except BaseException:
+            await self._carriers.close()
+            raise
+        return client
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._carriers.close()

@@ -1,0 +1,86 @@
+"""What a handler may know about the message that it works on, and what that message leaves to the calls below it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from quintet.clock import SYSTEM, Clock
+from quintet.errors import QuintetError
+from quintet.message import Message
+
+
+class Current:
+    """The message in work: `current()` inside a handler."""
+
+    __slots__ = ("_clock", "_message", "deadline")
+
+    def __init__(self, message: Message, clock: Clock) -> None:
+        self._message = message
+        self._clock = clock
+        self.deadline = message.deadline
+
+    def __repr__(self) -> str:
+        return f"<current {self._message!r}>"
+
+    @property
+    def id(self) -> str:
+        """The message's id: the same on every repeat of it."""
+        return self._message.id
+
+    @property
+    def sender(self) -> str:
+        """The name of the service or client that sent it."""
+        return self._message.sender
+
+    @property
+    def operation(self) -> str:
+        return self._message.operation
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """The user's headers, and the transport's own."""
+        return self._message.headers
+
+    @property
+    def key(self) -> str:
+        return self._message.key
+
+    @property
+    def attempt(self) -> int:
+        """1 on the first delivery."""
+        return self._message.attempt
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds until the caller gives up; None where nobody waits."""
+        return None if self.deadline is None else max(0.0, self.deadline - self._clock.now())
+
+
+_NOBODY = Current.__new__(Current)
+_NOBODY._message, _NOBODY._clock, _NOBODY.deadline = None, SYSTEM, None  # type: ignore[assignment] # no message in work
+CURRENT: ContextVar[Current] = ContextVar("quintet", default=_NOBODY)
+
+
+def current() -> Current:
+    """The message that the running handler works on. Raises QuintetError outside of one."""
+    found = CURRENT.get()
+    if found._message is None:
+        raise QuintetError("current() was called outside of a handler: no message is in work")
+    return found
+
+
+@contextmanager
+def deadline(seconds: float, *, clock: Clock = SYSTEM) -> Generator[None]:
+    """Caps everything below it: no call made inside waits longer than what is left of so many seconds."""
+    outer = CURRENT.get()
+    inner = Current.__new__(Current)
+    inner._message, inner._clock = outer._message, clock
+    mine = clock.now() + seconds
+    inner.deadline = mine if outer.deadline is None else min(mine, outer.deadline)
+    token = CURRENT.set(inner)
+    try:
+        yield
+    finally:
+        CURRENT.reset(token)

@@ -1,0 +1,47 @@
+"""The deadline: a number that is carried along, the smaller of ours and what the caller's caller has left."""
+
+from __future__ import annotations
+
+from quintet.context import CURRENT
+from quintet.contract import Style
+from quintet.errors import DeadlineExceeded, Safety
+from quintet.filter import Filter, Guarded
+from quintet.message import Handler, Message
+
+PLACE = 20  # above retry: all attempts together have this long
+
+
+def client(guarded: Guarded) -> Filter:
+    name, timeout, now = guarded.operation.full_name, guarded.policy.timeout, guarded.clock.now
+    waits = guarded.operation.style in (Style.REQUEST, Style.SURVEY)
+    expires = guarded.operation.expires
+
+    async def deadline(message: Message, handler: Handler) -> Message | None:
+        start = now()
+        until = message.until  # set by using(timeout=...)
+        if until is None and timeout is not None:
+            until = start + timeout
+        inherited = CURRENT.get().deadline
+        if inherited is not None and (until is None or inherited < until):
+            until = inherited
+            if until <= start:
+                raise DeadlineExceeded(f"{name}: no time was left to send it", safety=Safety.NOT_SENT)
+        message.until = until
+        if waits:
+            message.deadline = until
+        elif message.deadline is None and expires is not None:
+            message.deadline = start + expires  # the work may rot; how long the sender waits for acceptance stays here
+        return await handler(message)
+
+    return deadline
+
+
+def server(guarded: Guarded) -> Filter:
+    name, now = guarded.operation.full_name, guarded.clock.now
+
+    async def drop_what_is_late(message: Message, handler: Handler) -> Message | None:
+        if message.deadline is not None and message.deadline <= now():
+            raise DeadlineExceeded(f"{name}: its deadline had passed before work was begun", safety=Safety.NOT_SENT)
+        return await handler(message)
+
+    return drop_what_is_late

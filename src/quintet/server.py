@@ -1,0 +1,626 @@
+"""The service's side: handlers, what a delivery goes through, publish and ask, start-up and drain."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
+
+from msgspec import Struct, structs
+from msgspec.structs import asdict, astuple
+
+from quintet.binding import DECLINED, Bound, bind
+from quintet.call import Answer
+from quintet.client import COLLECT_WAIT, Carriers, Sender, plug
+from quintet.clock import SYSTEM, Clock
+from quintet.context import CURRENT, Current
+from quintet.contract import FANOUT, NEEDS, Contract, Event, Fault, Operation, Style, Survey, check
+from quintet.delivery import HandlerFailed, Redelivery, decide
+from quintet.errors import (
+    CallError,
+    CannotCarry,
+    ConfigurationError,
+    Declined,
+    QuintetError,
+    RemoteError,
+    TooLarge,
+    UnknownPending,
+)
+from quintet.errors import Cancelled as WorkCancelled
+from quintet.filter import Guarded, chain, server_filters
+from quintet.message import Channel, Handler, Message, new_id
+from quintet.policy import DEFAULT, Policies
+from quintet.record import Exchange, Recorder
+from quintet.store import AnswerStore, open_store
+from quintet.transport import DONE, Again, Done, Receive, Serving, Trait, Transport, Verdict
+
+log = logging.getLogger("quintet.service")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+C = TypeVar("C", bound=Contract)
+AnyOperation: TypeAlias = Operation[Any, Any, Any]
+
+OWN_STYLES = frozenset(
+    {Style.REQUEST, Style.NOTIFICATION, Style.ASYNC_REQUEST}
+)  # what a service must have handlers for
+
+
+class Handling(Struct, frozen=True):
+    """A function that handles an operation, and how."""
+
+    operation: AnyOperation
+    function: Callable[..., Awaitable[Any]]
+    every_instance: bool
+    redelivery: Redelivery
+    own: bool = True  # the user's function: what it raises stays inside, but for declared faults
+
+
+class Service:
+    """What runs: the handlers of one contract's operations, and of others' events and surveys.
+
+    `inbox`: an address of a durable transport, where notifications that come over a direct one (HTTP) are kept and
+    worked off. `answers`: where the answers of async requests are kept, a file that all instances share
+    (".quintet/<name>.db") unless "memory://" or another is named, for `keep_answers` seconds. `concurrency`: handlers
+    at work at once. `max_body`: bytes that a message's body may have. `lifespan`: an async context manager around all.
+    """
+
+    def __init__(
+        self,
+        contract: type[Contract] | None = None,
+        *,
+        name: str = "",
+        inbox: str = "",
+        answers: str = "",
+        keep_answers: float = 7 * 24 * 3600.0,
+        concurrency: int = 100,
+        max_body: int = 4 * 1024 * 1024,
+        redelivery: Redelivery = Redelivery(),  # noqa: B008 - frozen
+        lifespan: Callable[[Service], AbstractAsyncContextManager[object]] | None = None,
+    ) -> None:
+        if contract is None and not name:
+            raise ConfigurationError("a service without a contract needs a name: Service(name='notification')")
+        if contract is not None:
+            check(contract)
+        if concurrency < 1:
+            raise ConfigurationError(f"Service(concurrency={concurrency}): at least 1 handler must be able to run")
+        self.contract = contract
+        self.name = name or (contract.__quintet__.name if contract else "")
+        self.inbox = inbox
+        self.answers = answers or f"sqlite:///.quintet/{self.name}.db"
+        self.keep_answers = keep_answers
+        self.concurrency = concurrency
+        self.max_body = max_body
+        self.redelivery = redelivery
+        self.lifespan = lifespan
+        self.handlings: dict[AnyOperation, Handling] = {}
+        self.clients: list[tuple[Contract, Policies]] = []
+        self.running: Running | None = None
+
+    def __repr__(self) -> str:
+        return f"<service {self.name}, {len(self.handlings)} handlers{', running' if self.running else ''}>"
+
+    def handles(
+        self, operation: Operation[P, R, Any], *, every_instance: bool = False, redelivery: Redelivery | None = None
+    ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
+        """Decorates the coroutine function that handles an operation: this service's own, or another's event or survey.
+
+        `every_instance`: each process of this service gets its own copy of an event. Raises ConfigurationError.
+        """
+
+        def register(function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+            own = self.contract is not None and operation in self.contract.__quintet__.operations.values()
+            where = f"{self.name}: the handler of {operation!r}"
+            if not own and operation.style not in FANOUT:
+                raise ConfigurationError(
+                    f"{where}: a {operation.style.value} is handled by the service of its own contract,"
+                    f" Service({operation.contract.__name__})"
+                )
+            if operation in self.handlings:
+                raise ConfigurationError(f"{where}: there is one already, {_place(self.handlings[operation].function)}")
+            if every_instance and operation.style not in FANOUT:
+                raise ConfigurationError(f"{where}: every_instance= is for events and surveys")
+            _check_signature(operation, function, where)
+            self.handlings[operation] = Handling(operation, function, every_instance, redelivery or self.redelivery)
+            return function
+
+        return register
+
+    def uses(self, contract: type[C], *, policy: Policies = ()) -> C:
+        """A typed client of another service, connected when this one starts, where the deployment says it is."""
+        check(contract)
+        client = contract()
+        self.clients.append((client, policy))
+        return client
+
+    async def publish(self, operation: Operation[P, None, Event], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Publishes an event of this service's contract; returns once it is accepted. Raises CallError."""
+        sender = self._running().outlet(operation, Style.EVENT)
+        await sender.send(sender.prepare(args, kwargs))
+
+    def ask(self, operation: Operation[P, R, Survey], *args: P.args, **kwargs: P.kwargs) -> Question[R]:
+        """Asks a survey of this service's contract: `async with service.ask(...).within(2.0, enough=3) as answers`."""
+        running = self._running()
+        return Question(running, running.outlet(operation, Style.SURVEY), args, kwargs)
+
+    def _running(self) -> Running:
+        if self.running is None:
+            raise QuintetError(f"service {self.name} is not running: use `async with serve(...)` or `quintet serve`")
+        return self.running
+
+
+def _place(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _check_signature(operation: AnyOperation, function: Callable[..., Any], where: str) -> None:
+    if not inspect.iscoroutinefunction(function):
+        raise ConfigurationError(
+            f"{where} must be `async def`: {_place(function)} is not; run what blocks with asyncio.to_thread"
+        )
+    wanted = list(operation.record.__struct_fields__)
+    parameters = inspect.signature(function).parameters.values()
+    given = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    known = [parameter.name for parameter in parameters]
+    if missing := [name for name in wanted if name not in known]:
+        raise ConfigurationError(f"{where}: {_place(function)} lacks the parameter {', '.join(missing)}")
+    if extra := [name for name in given if name not in wanted]:
+        raise ConfigurationError(f"{where}: {_place(function)} wants {', '.join(extra)}, which the contract has not")
+
+
+class Question(Generic[R]):
+    """A survey that is about to be asked."""
+
+    def __init__(self, running: Running, sender: Sender, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._running = running
+        self._sender = sender
+        self._message = sender.prepare(args, kwargs)
+
+    @asynccontextmanager
+    async def within(self, seconds: float, *, enough: int | None = None) -> AsyncIterator[AsyncIterator[Answer[R]]]:
+        """The answers as they come, until so many seconds have passed or `enough` answers came."""
+        if seconds <= 0 or (enough is not None and enough < 1):
+            raise ConfigurationError(f"{self._sender.operation!r}: within(seconds > 0, enough >= 1)")
+        sender, message, clock = self._sender, self._message, self._running.clock
+        arrived: asyncio.Queue[Message | None] = asyncio.Queue()
+        replies = await self._running.carriers.replies(self._running.home(sender.operation))
+        message.until = clock.now() + seconds
+        correlation = replies.expect(message, arrived.put_nowait)
+        timer = clock.call_at(message.until, lambda: arrived.put_nowait(None))
+        try:
+            await sender.send(message)
+            yield self._answers(arrived, enough)
+        finally:
+            timer.cancel()
+            replies.forget(correlation)
+
+    async def _answers(self, arrived: asyncio.Queue[Message | None], enough: int | None) -> AsyncIterator[Answer[R]]:
+        count = 0
+        seen: set[str] = set()  # at least once: the same responder's answer may come twice
+        while (enough is None or count < enough) and (reply := await arrived.get()) is not None:
+            if reply.status == DECLINED or reply.id in seen:
+                continue
+            seen.add(reply.id)
+            failure = self._sender.bound.failure(reply)
+            if failure is not None:
+                log.warning("%s: %s could not answer: %s", self._sender.operation.full_name, reply.sender, failure)
+                continue
+            count += 1
+            yield Answer(self._sender.bound.result(reply), reply.sender)
+
+
+Connections: TypeAlias = Mapping[type[Contract] | str, str | Sequence[str]]
+
+
+class Running:
+    """One service while it runs: its transports, what it serves, and the path of each delivery."""
+
+    def __init__(
+        self,
+        service: Service,
+        at: Sequence[str],
+        connect: Connections,
+        format_name: str,
+        carriers: Carriers,
+        recorder: Recorder | None,
+    ) -> None:
+        self.service = service
+        self.carriers = carriers
+        self.clock = carriers.clock
+        self._at = list(at)
+        self._connect = {
+            (key if isinstance(key, str) else key.__quintet__.name): ([to] if isinstance(to, str) else list(to))
+            for key, to in connect.items()
+        }
+        self._format = format_name
+        self._recorder = recorder
+        self._gate = asyncio.Semaphore(service.concurrency)
+        self._servings: list[Serving] = []
+        self._outlets: dict[AnyOperation, Sender] = {}
+        self._homes: dict[AnyOperation, Transport] = {}
+        self._answers: AnswerStore | None = None
+        self._kept: set[tuple[AnyOperation, str]] = set()  # what is worked off an inbox already
+        self._work: dict[str, asyncio.Task[Message | None]] = {}  # async requests being worked on here, by id
+        self._stack = AsyncExitStack()
+
+    def __repr__(self) -> str:
+        return f"<running {self.service.name} at {', '.join(self._at)}>"
+
+    # start-up: every error of configuration is raised here, none at the first call
+
+    async def start(self) -> None:
+        service = self.service
+        self._check_handlers()
+        self._served = [await self.carriers.reach(address) for address in self._at]
+        for client, policies in service.clients:
+            addresses = self._connect.get(type(client).__quintet__.name)
+            if addresses is None:
+                raise ConfigurationError(
+                    f"service {service.name} uses {type(client).__name__}: say where it is,"
+                    f" connect={{{type(client).__name__}: 'http://...'}} or connect.{type(client).__quintet__.name}"
+                )
+            await plug(client, self.carriers, addresses, policies, self._format, service.name)
+        for operation in service.contract.__quintet__.operations.values() if service.contract else ():
+            if operation.style in FANOUT:
+                await self._open_outlet(operation)
+        if any(handling.operation.style is Style.ASYNC_REQUEST for handling in service.handlings.values()):
+            self._answers = open_store(service.answers, keep=service.keep_answers, clock=self.clock)
+            await self._answers.open()
+            self._stack.push_async_callback(self._answers.close)
+        service.running = self
+        if service.lifespan is not None:
+            await self._stack.enter_async_context(service.lifespan(service))
+        for handling in service.handlings.values():
+            await self._serve(handling)
+
+    async def stop(self) -> None:
+        """Takes no more, lets what is in work end, and frees what it held."""
+        await asyncio.gather(*(serving.stop() for serving in self._servings))
+        self._servings.clear()
+        await self._stack.aclose()
+        self.service.running = None
+
+    def _check_handlers(self) -> None:
+        service = self.service
+        if service.running is not None:
+            raise ConfigurationError(f"service {service.name} is running already in this process")
+        for operation in service.contract.__quintet__.operations.values() if service.contract else ():
+            if operation.style in OWN_STYLES and operation not in service.handlings:
+                raise ConfigurationError(
+                    f"service {service.name} has no handler for {operation!r}: write @service.handles({operation!r})"
+                )
+        if not self._at and any(h.operation.style in OWN_STYLES for h in service.handlings.values()):
+            raise ConfigurationError(f"service {service.name}: say where it is served, at=['http://127.0.0.1:8001']")
+
+    def _home_addresses(self, operation: AnyOperation) -> list[str]:
+        return self._connect.get(operation.contract.__quintet__.name) or self._at
+
+    async def _open_outlet(self, operation: AnyOperation) -> None:
+        addresses = self._home_addresses(operation)
+        if not addresses:
+            raise ConfigurationError(f"service {self.service.name}: say where {operation!r} is published, at=[...]")
+        transport = self._homes[operation] = await self.carriers.choose(operation, addresses)
+        if operation.style is Style.SURVEY:
+            await self.carriers.replies(transport)
+        bound = bind(transport.binding, operation, self._format)
+        guarded = Guarded(operation, DEFAULT, self.clock)
+        self._outlets[operation] = Sender(operation, bound, transport.send, guarded, self.service.name)
+
+    def outlet(self, operation: AnyOperation, style: Style) -> Sender:
+        """What sends an own event or survey. Raises ConfigurationError for one that is not this service's."""
+        found = self._outlets.get(operation)
+        if found is None or operation.style is not style:
+            verb = "publish" if style is Style.EVENT else "ask"
+            raise ConfigurationError(
+                f"service {self.service.name} cannot {verb} {operation!r}: not of its own contract"
+            )
+        return found
+
+    def home(self, operation: AnyOperation) -> Transport:
+        return self._homes[operation]
+
+    async def _serve(self, handling: Handling) -> None:
+        operation = handling.operation
+        if operation.style in FANOUT:
+            transport = await self.carriers.choose(operation, self._home_addresses(operation))
+            await self._listen(transport, handling)
+            return
+        able = [transport for transport in self._served if not NEEDS[operation.style] - transport.traits]
+        if not able:
+            await self.carriers.choose(operation, self._at)  # raises CannotCarry with what each address lacks
+        for transport in able:
+            if operation.style is Style.REQUEST or Trait.REDELIVERS in transport.traits:
+                await self._listen(transport, handling)
+            elif operation.style is Style.ASYNC_REQUEST:
+                # a direct transport forgets what it has handed over: the submission is kept with the answers
+                await self._keep(transport, handling, self.service.inbox or self.service.answers)
+            elif self.service.inbox:
+                await self._keep(transport, handling, self.service.inbox)
+            else:
+                await self._listen(transport, handling)
+            if operation.style is Style.ASYNC_REQUEST:
+                for companion, work in zip(operation.companions, (self._collector, self._withdrawer), strict=True):
+                    function = work(operation, Trait.REPLIES in transport.traits)
+                    await self._listen(transport, Handling(companion, function, False, handling.redelivery, own=False))
+
+    async def _listen(self, transport: Transport, handling: Handling) -> None:
+        bound = bind(transport.binding, handling.operation, self._format)
+        group, channel = self.service.name, bound.channel
+        if handling.every_instance:
+            group, channel = f"{group}.{new_id()}", _temporary(channel)
+        await self._take(transport, channel, self._receiver(transport, handling, bound, group), group)
+
+    async def _keep(self, transport: Transport, handling: Handling, address: str) -> None:
+        """Serves a direct transport by putting each message into a durable inbox, and works the inbox off."""
+        inbox = await self.carriers.reach(address)
+        if Trait.REDELIVERS not in inbox.traits:
+            raise CannotCarry(f"service {self.service.name}: inbox={address!r} lacks {Trait.REDELIVERS.name}")
+        outside = bind(transport.binding, handling.operation, self._format)
+        await self._take(transport, outside.channel, self._accepter(handling, outside, inbox), self.service.name)
+        if inbox not in self._served and (handling.operation, address) not in self._kept:
+            self._kept.add((handling.operation, address))
+            await self._listen(inbox, handling)
+
+    async def _take(self, transport: Transport, channel: Channel, receive: Receive, group: str) -> None:
+        self._servings.append(await transport.serve(channel, receive, group, self.service.concurrency))
+
+    # the path of a delivery, from the transport's hand to the user's function and back
+
+    def _receiver(self, transport: Transport, handling: Handling, bound: Bound, group: str) -> Receive:
+        """What the transport calls: the door, where a failure becomes a message or a verdict."""
+        operation, style, name = handling.operation, handling.operation.style, self.service.name
+        if style is Style.ASYNC_REQUEST:
+            return self._worker(handling, bound)
+        handle = self._handler(handling, bound)
+        direct = Trait.REPLIES in transport.traits
+        retried = Trait.REDELIVERS in transport.traits and style in (Style.NOTIFICATION, Style.EVENT)
+        answered = style in (Style.REQUEST, Style.SURVEY)
+
+        async def receive(message: Message) -> Verdict:
+            try:
+                reply = await handle(message)
+            except StillPending:
+                reply = bound.pending(message)
+            except Declined:
+                reply = Message(channel=message.channel, operation=operation.full_name, status=DECLINED)
+            except Exception as error:
+                failure = self._failure(error, message, operation)
+                if retried:
+                    return decide(error, message.attempt, handling.redelivery, self.clock)
+                reply = bound.refuse(message, failure)
+            if direct:
+                return Done(reply)
+            if answered and reply is not None and message.reply_to:
+                reply.channel = Channel(message.reply_to, temporary=True)
+                reply.correlation_id = message.correlation_id
+                reply.id, reply.sender = f"{message.id}:{group}", name  # the same on a repeat: whoever waits counts one
+                await self._send_reply(transport, reply)
+            return DONE
+
+        return receive
+
+    async def _send_reply(self, transport: Transport, reply: Message) -> None:
+        try:
+            await transport.send(reply)
+        except CallError as error:  # the caller waits no longer than its deadline; to handle it again would not help
+            log.warning("%s: the reply %s could not be sent: %s", reply.operation, reply.id, error)
+
+    def _handler(self, handling: Handling, bound: Bound) -> Handler:
+        """The service's filters around the function: a message in, the reply out, failures raised."""
+        operation, function, clock = handling.operation, handling.function, self.clock
+        gate, max_body, own = self._gate, self.service.max_body, handling.own
+        declared: tuple[type[Exception], ...] = (*operation.faults, Declined)
+        arguments = _arguments(operation, function)
+
+        async def call(message: Message) -> Message | None:
+            if len(message.body) > max_body:
+                raise TooLarge(f"{operation.full_name}: {len(message.body)} bytes, {max_body} are allowed")
+            args, kwargs = arguments(bound.arguments(message))
+            token = CURRENT.set(Current(message, clock))
+            try:
+                async with gate:
+                    value = await function(*args, **kwargs)
+            except declared:
+                raise
+            except Exception as error:
+                raise HandlerFailed(error) if own else error from None
+            finally:
+                CURRENT.reset(token)
+            return bound.reply(message, value)
+
+        handle = chain(server_filters(Guarded(operation, DEFAULT, clock)), call)
+        return handle if self._recorder is None else self._recorded(handle, operation, self._recorder)
+
+    def _recorded(self, handle: Handler, operation: AnyOperation, recorder: Recorder) -> Handler:
+        async def record(message: Message) -> Message | None:
+            started, outcome = self.clock.wall(), "done"
+            try:
+                return await handle(message)
+            except BaseException as error:
+                cause = error.error if isinstance(error, HandlerFailed) else error
+                outcome = "declined" if isinstance(cause, Declined) else type(cause).__name__
+                raise
+            finally:
+                recorder.write(
+                    Exchange(
+                        started=started,
+                        ended=self.clock.wall(),
+                        sender=message.sender,
+                        receiver=self.service.name,
+                        operation=operation.full_name,
+                        style=operation.style.value,
+                        id=message.id,
+                        attempt=message.attempt,
+                        outcome=outcome,
+                    )
+                )
+
+        return record
+
+    def _failure(self, error: Exception, message: Message, operation: AnyOperation) -> Fault | CallError:
+        """What of a failure may travel; the rest goes to the log."""
+        if isinstance(error, Fault):
+            return error
+        if isinstance(error, CallError):
+            error.correlation_id = message.id
+            return error
+        log.error(
+            "%s failed (message %s from %s, attempt %d)",
+            operation.full_name,
+            message.id,
+            message.sender or "?",
+            message.attempt,
+            exc_info=error.error if isinstance(error, HandlerFailed) else error,
+        )
+        return RemoteError(f"{operation.full_name} failed in {self.service.name}", correlation_id=message.id)
+
+    # async requests: submitted into a durable channel, answered into the store, collected and cancelled from anywhere
+
+    def _accepter(self, handling: Handling, outside: Bound, inbox: Transport) -> Receive:
+        """Takes from a direct transport: what fits the contract is kept in the inbox, and then accepted."""
+        operation = handling.operation
+        inside = bind(inbox.binding, operation, self._format)
+
+        async def keep(message: Message) -> Message | None:
+            kept = inside.request(outside.arguments(message))
+            kept.id, kept.sender, kept.key, kept.deadline = message.id, message.sender, message.key, message.deadline
+            kept.headers = {name: value for name, value in message.headers.items() if not name.startswith(":")}
+            await inbox.send(kept)
+            if operation.style is Style.ASYNC_REQUEST:
+                await self._store.accept(message.id)
+            return outside.accepted(message)
+
+        handle = chain(server_filters(Guarded(operation, DEFAULT, self.clock)), keep)
+
+        async def receive(message: Message) -> Verdict:
+            try:
+                return Done(await handle(message))
+            except Exception as error:
+                return Done(outside.refuse(message, self._failure(error, message, operation)))
+
+        return receive
+
+    def _worker(self, handling: Handling, bound: Bound) -> Receive:
+        """Works on a submission: its value, or at last its failure, is the answer."""
+        operation, handle = handling.operation, self._handler(handling, bound)
+
+        async def receive(message: Message) -> Verdict:
+            kept = await self._store.get(message.id)
+            if kept is not None and kept.state != "pending":
+                return DONE  # a repeat of what is answered, or was cancelled before it was begun
+            task = self._work[message.id] = asyncio.ensure_future(handle(message))
+            try:
+                answer = await task
+            except asyncio.CancelledError:
+                worker = asyncio.current_task()
+                if worker is not None and worker.cancelling():
+                    raise
+                return DONE  # withdrawn: the store says so
+            except Exception as error:
+                failure = self._failure(error, message, operation)
+                verdict = decide(error, message.attempt, handling.redelivery, self.clock)
+                if isinstance(verdict, Again) and not isinstance(failure, Fault):
+                    return verdict
+                answer = bound.refuse(message, failure)
+            finally:
+                self._work.pop(message.id, None)
+            assert answer is not None, "a handler's chain returns the reply"  # noqa: S101
+            await self._store.answer(message.id, answer)
+            return DONE
+
+        return receive
+
+    def _collector(self, operation: AnyOperation, direct: bool) -> Callable[..., Awaitable[Any]]:
+        """The handler of the companion `result`."""
+        inside = bind("body", operation, self._format)
+
+        async def result(id: str, wait: float) -> Any:  # noqa: A002 - the name on the wire
+            if not direct:
+                await self._store.accept(id)  # over a queue the submission may still be on its way
+            kept = await self._store.get(id, min(max(wait, 0.0), COLLECT_WAIT))
+            if kept is None:
+                raise UnknownPending(
+                    f"{operation.full_name}: no pending answer {id!r}: never submitted, or kept no longer"
+                )
+            if kept.state == "cancelled":
+                raise WorkCancelled(f"{operation.full_name}: {id} was cancelled")
+            if kept.reply is None:
+                raise StillPending
+            failure = inside.failure(kept.reply)
+            if failure is not None:
+                raise failure
+            return inside.result(kept.reply)
+
+        return result
+
+    def _withdrawer(self, operation: AnyOperation, direct: bool) -> Callable[..., Awaitable[Any]]:
+        """The handler of the companion `cancel`."""
+
+        async def cancel(id: str) -> None:  # noqa: A002 - the name on the wire
+            if direct and await self._store.get(id) is None:
+                raise UnknownPending(
+                    f"{operation.full_name}: no pending answer {id!r}: never submitted, or kept no longer"
+                )
+            if await self._store.cancel(id) and id in self._work:
+                self._work[id].cancel()
+
+        return cancel
+
+    @property
+    def _store(self) -> AnswerStore:
+        assert self._answers is not None, "opened at start-up where an async request is handled"  # noqa: S101
+        return self._answers
+
+
+class StillPending(Exception):
+    pass
+
+
+def _arguments(
+    operation: AnyOperation, function: Callable[..., Any]
+) -> Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """How the record of parameters becomes the function's arguments: by position where the order is the same."""
+    fields, parameters = operation.record.__struct_fields__, inspect.signature(function).parameters
+    plain = all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
+    if plain and list(parameters)[: len(fields)] == list(fields):
+        return lambda record: (astuple(record), {})
+    return lambda record: ((), asdict(record))
+
+
+def _temporary(channel: Channel) -> Channel:
+    return structs.replace(channel, temporary=True, durable=False)
+
+
+@asynccontextmanager
+async def serve(
+    *services: Service,
+    at: str | Sequence[str] = (),
+    connect: Connections | None = None,
+    format: str = "json",  # noqa: A002 - the word users know
+    record: str = "",
+    clock: Clock = SYSTEM,
+) -> AsyncIterator[list[str]]:
+    """Runs services in this process and drains them at the end; gives the addresses that they are served at.
+
+    `at`: where they are served, one address or several. `connect`: where the services are that they use, and where the
+    events and surveys live that they handle, by contract or its name. `record`: a file to which each delivery is
+    written (record.py). Raises ConfigurationError before anything is served.
+    """
+    carriers = Carriers("+".join(service.name for service in services), clock)
+    addresses = [at] if isinstance(at, str) else list(at)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(carriers.close)
+        recorder = Recorder(record) if record else None
+        if recorder:
+            stack.callback(recorder.close)
+        for service in services:
+            running = Running(service, addresses, connect or {}, format, carriers, recorder)
+            stack.push_async_callback(running.stop)
+            await running.start()
+        served = [await carriers.reach(address) for address in addresses]
+        for transport in served:
+            await transport.ready()
+        yield [str(transport.address) for transport in served]
