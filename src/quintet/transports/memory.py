@@ -429,4 +429,4 @@ class _Tail:
 
 def _fresh(message: Message) -> Message:
     """A copy that shares nothing that can change, as a message from the wire would."""
-    return structs.replace(message, body=bytes(message.body), headers=message.headers.copy())
+    return structs.replace(message, body=bytes(message.body), headers=message.headers.copy(), until=None)
