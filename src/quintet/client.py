@@ -118,11 +118,11 @@ class Sender:
         message.sender = self._sender
         if self._key_of:
             message.key = self._key_of(record)
-        current = CURRENT.get()._message
-        if current is not None and current.headers:
+        inherited = CURRENT.get()._message.headers
+        if inherited:
             for name in _TRACE:
-                if name in current.headers:
-                    message.headers[name] = current.headers[name]
+                if name in inherited:
+                    message.headers[name] = inherited[name]
         if options is not DEFAULTS:
             message.key = options.key or message.key
             message.headers.update(options.headers)

@@ -15,6 +15,10 @@ class Handle(Protocol):
     def cancel(self) -> None: ...
 
 
+class Timer(Protocol):
+    def fire(self) -> None: ...
+
+
 class Wheel:
     """Many coarse timers behind few of the loop's: to set and to clear one costs next to nothing.
 
@@ -25,26 +29,21 @@ class Wheel:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._slots: dict[int, dict[object, Callable[[], None]]] = {}
+        self._slots: dict[int, set[Timer]] = {}
 
-    def set(self, when: float, token: object, callback: Callable[[], None]) -> int:
-        """Calls back once `now()` has reached `when`, unless `clear(slot, token)` comes first; returns the slot."""
+    def set(self, when: float, timer: Timer) -> set[Timer]:
+        """Fires the timer once `now()` has reached `when`, unless it is discarded from the returned set before."""
         slot = int(when / self.GRAIN) + 1
         timers = self._slots.get(slot)
         if timers is None:
-            timers = self._slots[slot] = {}
+            timers = self._slots[slot] = set()
             self._clock.call_at(slot * self.GRAIN, partial(self._fire, slot))
-        timers[token] = callback
-        return slot
-
-    def clear(self, slot: int, token: object) -> None:
-        timers = self._slots.get(slot)
-        if timers is not None:
-            timers.pop(token, None)
+        timers.add(timer)
+        return timers
 
     def _fire(self, slot: int) -> None:
-        for callback in self._slots.pop(slot, {}).values():
-            callback()
+        for timer in list(self._slots.pop(slot)):
+            timer.fire()
 
 
 class Clock:
@@ -60,13 +59,15 @@ class Clock:
         self.random = random.Random(seed)  # noqa: S311 - jitter, not secrets
 
         self._wheels: WeakKeyDictionary[asyncio.AbstractEventLoop, Wheel] = WeakKeyDictionary()
+        self._latest: tuple[asyncio.AbstractEventLoop, Wheel] | None = None
 
     def wheel(self) -> Wheel:
         """The running loop's coarse timers."""
-        loop = asyncio.get_running_loop()
-        found = self._wheels.get(loop)
-        if found is None:
-            found = self._wheels[loop] = Wheel(self)
+        loop, latest = asyncio.get_running_loop(), self._latest  # read once: another thread may run another loop
+        if latest is not None and latest[0] is loop:
+            return latest[1]
+        found = self._wheels.get(loop) or self._wheels.setdefault(loop, Wheel(self))
+        self._latest = (loop, found)
         return found
 
     def call_at(self, when: float, callback: Callable[[], None]) -> Handle:

@@ -6,20 +6,19 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from msgspec import Struct
+
 from quintet.clock import SYSTEM, Clock
 from quintet.errors import QuintetError
-from quintet.message import Message
+from quintet.message import Channel, Message
 
 
-class Current:
+class Current(Struct):
     """The message in work: `current()` inside a handler."""
 
-    __slots__ = ("_clock", "_message", "deadline")
-
-    def __init__(self, message: Message, clock: Clock) -> None:
-        self._message = message
-        self._clock = clock
-        self.deadline = message.deadline
+    _message: Message
+    _clock: Clock
+    deadline: float | None
 
     def __repr__(self) -> str:
         return f"<current {self._message!r}>"
@@ -58,15 +57,14 @@ class Current:
         return None if self.deadline is None else max(0.0, self.deadline - self._clock.now())
 
 
-_NOBODY = Current.__new__(Current)
-_NOBODY._message, _NOBODY._clock, _NOBODY.deadline = None, SYSTEM, None  # type: ignore[assignment] # no message in work
-CURRENT: ContextVar[Current] = ContextVar("quintet", default=_NOBODY)
+NO_MESSAGE = Message(channel=Channel("none"))
+CURRENT: ContextVar[Current] = ContextVar("quintet", default=Current(NO_MESSAGE, SYSTEM, None))  # noqa: B039 - never changed
 
 
 def current() -> Current:
     """The message that the running handler works on. Raises QuintetError outside of one."""
     found = CURRENT.get()
-    if found._message is None:
+    if found._message is NO_MESSAGE:
         raise QuintetError("current() was called outside of a handler: no message is in work")
     return found
 
@@ -74,11 +72,9 @@ def current() -> Current:
 @contextmanager
 def deadline(seconds: float, *, clock: Clock = SYSTEM) -> Generator[None]:
     """Caps everything below it: no call made inside waits longer than what is left of so many seconds."""
-    outer = CURRENT.get()
-    inner = Current.__new__(Current)
-    inner._message, inner._clock = outer._message, clock
-    mine = clock.now() + seconds
-    inner.deadline = mine if outer.deadline is None else min(mine, outer.deadline)
+    outer, mine = CURRENT.get(), clock.now() + seconds
+    inherited = outer.deadline
+    inner = Current(outer._message, clock, mine if inherited is None else min(mine, inherited))
     token = CURRENT.set(inner)
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
@@ -237,7 +238,7 @@ class Running:
         }
         self._format = format_name
         self._recorder = recorder
-        self._gate = asyncio.Semaphore(service.concurrency)
+        self._gate = _Gate(service.concurrency)
         self._servings: list[Serving] = []
         self._outlets: dict[AnyOperation, Sender] = {}
         self._homes: dict[AnyOperation, Transport] = {}
@@ -419,15 +420,19 @@ class Running:
             if len(message.body) > max_body:
                 raise TooLarge(f"{operation.full_name}: {len(message.body)} bytes, {max_body} are allowed")
             args, kwargs = arguments(bound.arguments(message))
-            token = CURRENT.set(Current(message, clock))
+            if gate.busy < gate.limit:  # the usual case without an await
+                gate.busy += 1
+            else:
+                await gate.enter()
+            token = CURRENT.set(Current(message, clock, message.deadline))
             try:
-                async with gate:
-                    value = await function(*args, **kwargs)
+                value = await function(*args, **kwargs)
             except declared:
                 raise
             except Exception as error:
                 raise HandlerFailed(error) if own else error from None
             finally:
+                gate.leave()
                 CURRENT.reset(token)
             return bound.reply(message, value)
 
@@ -573,6 +578,39 @@ class Running:
     def _store(self) -> AnswerStore:
         assert self._answers is not None, "opened at start-up where an async request is handled"  # noqa: S101
         return self._answers
+
+
+class _Gate:
+    """At most so many handlers of a service at once, first come first served; free as long as nobody must wait."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.busy = 0
+        self._queue: deque[asyncio.Future[None]] = deque()
+
+    async def enter(self) -> None:
+        while self.busy >= self.limit:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._queue.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._next()  # its turn had come: hand it on
+                raise
+        self.busy += 1
+
+    def leave(self) -> None:
+        self.busy -= 1
+        if self._queue:
+            self._next()
+
+    def _next(self) -> None:
+        while self._queue:
+            turn = self._queue.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
 
 
 class StillPending(Exception):

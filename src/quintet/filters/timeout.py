@@ -31,8 +31,8 @@ def client(guarded: Guarded) -> Filter:
         until, task = message.until, asyncio.current_task()
         if until is None or task is None:
             return await handler(message)
-        start, timer, wheel = clock.now(), _Timer(task), clock.wheel()
-        slot = wheel.set(until, timer, timer.fire)
+        start, timer = clock.now(), _Timer(task)
+        timers = clock.wheel().set(until, timer)
         try:
             return await handler(message)
         except asyncio.CancelledError:
@@ -41,6 +41,6 @@ def client(guarded: Guarded) -> Filter:
                 raise DeadlineExceeded(f"{name} did not answer within {until - start:.3g} s") from None
             raise
         finally:
-            wheel.clear(slot, timer)
+            timers.discard(timer)
 
     return timeout
