@@ -106,7 +106,8 @@ class Transport(ABC):
         """Gets ready to send and serve; raises TransportError or Unavailable where it cannot."""
 
     async def close(self) -> None:  # noqa: B027
-        """Frees everything. What was accepted stays with the broker."""
+        """Cancels what is still in work (stop() the servings first to let it finish) and frees everything, also when
+        called twice. What was accepted stays with the broker; `send` raises Unavailable from now on."""
 
     @abstractmethod
     async def send(self, message: Message) -> Message | None:

@@ -369,7 +369,10 @@ async def _(bench: Bench) -> None:
     await (await bench.serve(there, channel, Receiver(), "lagging")).stop()
     await bench.serve(there, channel, well, "well")
     for number in range(6):
-        await bench.send(here, channel, b"%d" % number)
+        try:
+            await bench.send(here, channel, b"%d" % number)
+        except CallError as error:
+            raise AssertionError(f"message {number + 1} failed for all because one group lags: {error}") from error
         await bench.got(well, number + 1)
 
 
@@ -441,7 +444,7 @@ async def _(bench: Bench) -> None:
 # Again, and dead
 
 
-@_check("Again delivers again, the attempt one higher, until it is done", Trait.REDELIVERS)
+@_check("Again delivers again, with the attempt one higher, until it is done", Trait.REDELIVERS)
 async def _(bench: Bench) -> None:
     here, channel = await bench.open(), bench.channel(durable=True)
     receiver = Receiver(Again(0.0, "not yet"), Again(0.0, "not yet"))
