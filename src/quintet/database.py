@@ -1,0 +1,504 @@
+"""One SQLite file, opened safely: a writer thread per process and file commits the work of many callers at once."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import queue
+import random
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import apsw
+
+from quintet.errors import AddressError, CallError, ChannelFull, Safety, TransportError, Unavailable
+from quintet.transport import Address
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+OLDEST_SAFE = 3_051_003
+"""SQLite before 3.51.3 can corrupt a WAL file that several processes write (the "WAL-reset" bug)."""
+BUSY_SECONDS = 5.0
+CHECKPOINT_PAGES = 2_000  # of 4 KiB: how far the write-ahead log grows before it is carried into the file
+LOCK_POLL_SECONDS = 0.0004
+LONGEST_SOCKET_PATH = 100  # bytes; the kernel's bound is 104 to 108
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS quintet_process (address TEXT PRIMARY KEY, pid INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS quintet_listener (
+  topic TEXT NOT NULL, address TEXT NOT NULL REFERENCES quintet_process ON DELETE CASCADE,
+  PRIMARY KEY (topic, address)) WITHOUT ROWID;
+"""
+
+
+class Transaction:
+    """What a work runs its statements on; it is committed, with the work of others, after the work returned."""
+
+    def __init__(self, connection: apsw.Connection, address: str) -> None:
+        self._connection = connection
+        self.address = address  # where this process is woken; the key of its row in quintet_process
+        self.notes: set[tuple[str, str]] = set()
+        self.everyone = False
+
+    def execute(self, sql: str, *values: Any) -> list[Any]:
+        """Runs one statement, or several without values, to the end (apsw alone would stop at the first row)."""
+        return self._connection.execute(sql, values or None).fetchall()
+
+    def many(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
+        """Runs one statement per row; returns how many rows of the file changed."""
+        before = self._connection.total_changes()
+        self._connection.executemany(sql, rows).fetchall()
+        return self._connection.total_changes() - before
+
+    def notify(self, topic: str, payload: str = "") -> None:
+        """Once committed, calls whoever listens to the topic, in every process."""
+        self.notes.add((topic, payload))
+
+    def notify_everyone(self) -> None:
+        """Once committed, calls all listeners of all topics with an empty payload."""
+        self.everyone = True
+
+
+Work: TypeAlias = Callable[[Transaction, list[A]], Sequence[R | Exception]]
+"""Does the same for many callers at once: one result, or exception, per argument.
+
+It runs again, alone, when another work of its transaction failed, so it must touch nothing but the transaction.
+"""
+Job: TypeAlias = tuple[Work[Any, Any], Any, "asyncio.Future[Any]", bool]
+Listener: TypeAlias = Callable[[str], None]
+Outcome: TypeAlias = tuple["asyncio.Future[Any]", Any]
+Wake: TypeAlias = tuple[str, str, str]  # address of the process, topic, payload
+
+
+def one_by_one(step: Callable[[Transaction, A], R]) -> Work[A, R]:
+    """The work of callers that have nothing to share."""
+    return lambda transaction, arguments: [step(transaction, argument) for argument in arguments]
+
+
+class Database:
+    """One file in one process, shared by all who open it there, from whichever event loop.
+
+    Every process that has it open is a row of `quintet_process`, named by the Unix datagram socket that wakes it. A
+    refused datagram proves that the process died: its row goes, and what belongs to it by ON DELETE CASCADE.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.address = ""
+        self._users = 0
+        self._inbox: queue.SimpleQueue[list[Job] | None] = queue.SimpleQueue()
+        self._pending: dict[asyncio.AbstractEventLoop, list[Job]] = {}
+        self._listeners: dict[str, list[tuple[asyncio.AbstractEventLoop, Listener]]] = {}
+        self._closed = False
+        self._gate = threading.Lock()
+        self._synchronous = ""  # what the connection is set to
+        self._waits_until = 0.0
+
+    def __repr__(self) -> str:
+        return f"<database {self.path}{' closed' if self._closed else ''}>"
+
+    # What users call, on their event loop
+
+    def submit(self, work: Work[A, R], argument: A, *, durable: bool = False) -> asyncio.Future[R]:
+        """Has the work done in the next transaction, with everything else submitted by then.
+
+        `durable`: the result comes only when the disk has it. Otherwise it outlives this process, but the last
+        moments may be gone after a power cut. Fails with TransportError, naming the file.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
+        if self._closed:
+            future.set_exception(self._gone())
+            return future
+        pending = self._pending.get(loop)
+        if pending is None:  # hand over at the end of this turn of the loop, so that one transaction takes all of it
+            pending = self._pending[loop] = []
+            loop.call_soon(self._hand_over, loop)
+        pending.append((work, argument, future, durable))
+        return future
+
+    def listen(self, topic: str, callback: Listener) -> Awaitable[None]:
+        """Calls back on this loop with the payload of each `notify(topic)`, from whichever process.
+
+        An empty payload means "look yourself". A wake-up may get lost in rare cases: look every few seconds too.
+        """
+        self._listeners.setdefault(topic, []).append((asyncio.get_running_loop(), callback))
+        return self.submit(self._enrol, None)
+
+    def unlisten(self, topic: str, callback: Listener) -> Awaitable[None]:
+        """Ends `listen`."""
+        kept = [pair for pair in self._listeners.pop(topic, []) if pair[1] != callback]
+        if kept:
+            self._listeners[topic] = kept
+        return self.submit(_FORGET, topic if not kept else "")
+
+    def enrol(self) -> Awaitable[None]:
+        """Writes this process and its topics into the file again, after others thought it dead."""
+        return self.submit(self._enrol, None)
+
+    def bury(self) -> Awaitable[None]:
+        """Removes the processes that died, and what was theirs."""
+        return self.submit(self._bury, None)
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
+        jobs = self._pending.pop(loop)
+        with self._gate:
+            if not self._closed:
+                self._inbox.put(jobs)
+                return
+        _resolve([(future, self._gone()) for _, _, future, _ in jobs])
+
+    def _gone(self) -> TransportError:
+        return TransportError(f"{self.path} is closed in this process: open it (again, after a fork)")
+
+    # Opening and closing
+
+    def _start(self) -> None:
+        self._socket, self.address = _wake_socket(self.path)
+        opened: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, args=[opened], name=f"write {self.path.name}", daemon=True)
+        self._waiter = threading.Thread(target=self._wait, name=f"wake {self.path.name}", daemon=True)
+        self._writer.start()
+        failure = opened.get()
+        if failure is not None:
+            self._abandon()
+            Path(self.address).unlink(missing_ok=True)
+            raise failure
+        self._waiter.start()
+
+    def _close(self) -> None:
+        with self._gate:  # nothing is handed over behind the end
+            self._closed = True
+            self._inbox.put(None)
+        self._writer.join()
+        with contextlib.suppress(OSError):
+            self._socket.sendto(b"", self.address)  # an empty datagram ends the thread that waits
+            self._waiter.join()
+        self._socket.close()
+        Path(self.address).unlink(missing_ok=True)
+
+    def _abandon(self) -> None:
+        """In a forked child the file belongs to the parent: nothing of it may be used there, or closed by SQLite."""
+        self._gate = threading.Lock()
+        self._closed = True
+        self._socket.close()
+
+    # The writer thread
+
+    def _write(self, opened: queue.SimpleQueue[Exception | None]) -> None:
+        try:
+            self._connection = connection = self._connect()
+            self._commit(self._prepare)
+        except Exception as error:
+            opened.put(translate(error, self.path))
+            return
+        opened.put(None)
+        while (jobs := self._inbox.get()) is not None:
+            with contextlib.suppress(queue.Empty):  # what came while the last transaction ran shares this one
+                while (more := self._inbox.get_nowait()) is not None:
+                    jobs += more
+                self._inbox.put(None)
+            self._deliver(*self._settle(jobs))
+        with contextlib.suppress(apsw.Error):  # who comes next finds this process dead
+            self._commit(_leave)
+        connection.close(True)
+
+    def _connect(self) -> apsw.Connection:
+        connection = apsw.Connection(str(self.path))
+        try:
+            connection.set_busy_handler(self._wait_for_lock)
+            for pragma in _PRAGMAS:
+                connection.execute(f"PRAGMA {pragma}").fetchall()
+        except BaseException:
+            connection.close(True)
+            raise
+        return connection
+
+    def _prepare(self, transaction: Transaction) -> None:
+        if transaction.execute("PRAGMA journal_mode") != [("wal",)]:
+            raise TransportError(f"{self.path} is on a file system without shared memory: use a local one")
+        transaction.execute(_SCHEMA)
+        self._enrol(transaction, [None])
+
+    def _wait_for_lock(self, tries: int) -> bool:
+        """SQLite's own waiting grows to 100 ms and starves who lost once; transactions here last about 1 ms."""
+        if tries == 0:
+            self._waits_until = time.monotonic() + BUSY_SECONDS
+        time.sleep(random.uniform(0.5, 1.5) * LOCK_POLL_SECONDS)  # noqa: S311
+        return time.monotonic() < self._waits_until
+
+    def _settle(self, jobs: list[Job]) -> tuple[list[Outcome], list[Wake]]:
+        """All jobs in one transaction; where that fails each in its own, so that only the guilty fail."""
+        try:
+            return self._transact(jobs)
+        except Exception as error:
+            if len(jobs) == 1 or isinstance(error, apsw.BusyError):
+                return [(job[2], translate(error, self.path)) for job in jobs], []
+        alone = [self._settle([job]) for job in jobs]
+        return [outcome for outcomes, _ in alone for outcome in outcomes], [
+            wake for _, wakes in alone for wake in wakes
+        ]
+
+    def _transact(self, jobs: list[Job]) -> tuple[list[Outcome], list[Wake]]:
+        groups: dict[Work[Any, Any], list[Job]] = {}
+        for job in jobs:
+            groups.setdefault(job[0], []).append(job)
+        synchronous = "FULL" if any(job[3] for job in jobs) else "NORMAL"
+        if synchronous != self._synchronous:
+            self._connection.execute(f"PRAGMA synchronous = {synchronous}").fetchall()
+            self._synchronous = synchronous
+
+        def work_all(transaction: Transaction) -> list[Outcome]:
+            outcomes: list[Outcome] = []
+            for work, group in groups.items():
+                results = work(transaction, [job[1] for job in group])
+                outcomes += [(job[2], result) for job, result in zip(group, results, strict=True)]
+            return outcomes
+
+        return self._commit(work_all)
+
+    def _commit(self, act: Callable[[Transaction], R]) -> tuple[R, list[Wake]]:
+        connection = self._connection
+        connection.execute("BEGIN IMMEDIATE").fetchall()
+        try:
+            transaction = Transaction(connection, self.address)
+            result = act(transaction)
+            wakes = self._listening(transaction)
+            connection.execute("COMMIT").fetchall()
+        except BaseException:
+            if connection.in_transaction:  # SQLite itself has rolled back after some errors
+                connection.execute("ROLLBACK").fetchall()
+            raise
+        return result, wakes
+
+    def _listening(self, transaction: Transaction) -> list[Wake]:
+        if transaction.everyone:
+            everyone = transaction.execute("SELECT address FROM quintet_process")
+            return [(address, "", "") for (address,) in everyone]
+        return [
+            (address, topic, payload)
+            for topic, payload in transaction.notes
+            for (address,) in transaction.execute("SELECT address FROM quintet_listener WHERE topic = ?", topic)
+        ]
+
+    def _deliver(self, outcomes: list[Outcome], wakes: list[Wake]) -> None:
+        """Results first, then who listens in this process, then the other processes."""
+        loops: dict[asyncio.AbstractEventLoop, list[Outcome]] = {}
+        for outcome in outcomes:
+            loops.setdefault(outcome[0].get_loop(), []).append(outcome)
+        for loop, mine in loops.items():
+            _call(loop, _resolve, mine)
+        for address, topic, payload in wakes:
+            if address == self.address:
+                self._call_listeners(topic, payload)
+            else:
+                _poke(self._socket, address, f"{topic}\0{payload}")
+
+    # Waking and being woken
+
+    def _wait(self) -> None:
+        while datagram := self._socket.recv(65536):
+            topic, _, payload = datagram.decode(errors="replace").partition("\0")
+            if topic != _PROBE:
+                self._call_listeners(topic, payload)
+
+    def _call_listeners(self, topic: str, payload: str) -> None:
+        for name in [topic] if topic else list(self._listeners):
+            for loop, callback in tuple(self._listeners.get(name, ())):
+                _call(loop, callback, payload)
+
+    def _enrol(self, transaction: Transaction, arguments: list[None]) -> list[None]:
+        address = transaction.address
+        transaction.execute("INSERT OR IGNORE INTO quintet_process VALUES (?, ?)", address, os.getpid())
+        rows = [(topic, address) for topic in list(self._listeners)]
+        transaction.many("INSERT OR IGNORE INTO quintet_listener VALUES (?, ?)", rows)
+        return arguments
+
+    def _bury(self, transaction: Transaction, arguments: list[None]) -> list[None]:
+        for (address,) in transaction.execute("SELECT address FROM quintet_process"):
+            if address != transaction.address and not _poke(self._socket, address, _PROBE):
+                transaction.execute("DELETE FROM quintet_process WHERE address = ?", address)
+                transaction.notify_everyone()
+                Path(address).unlink(missing_ok=True)
+        return arguments
+
+
+_PROBE = "?"
+_PRAGMAS = (
+    "journal_mode = WAL",
+    "foreign_keys = ON",
+    f"wal_autocheckpoint = {CHECKPOINT_PAGES}",
+    "journal_size_limit = 16777216",
+)
+
+
+def _leave(transaction: Transaction) -> None:
+    transaction.execute("DELETE FROM quintet_process WHERE address = ?", transaction.address)
+
+
+def _forget(transaction: Transaction, topic: str) -> None:
+    transaction.execute("DELETE FROM quintet_listener WHERE topic = ? AND address = ?", topic, transaction.address)
+
+
+_FORGET = one_by_one(_forget)
+
+
+def _resolve(outcomes: list[Outcome]) -> None:
+    for future, result in outcomes:
+        if not future.done():  # the caller may have gone
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+
+def _call(loop: asyncio.AbstractEventLoop, callback: Callable[[Any], None], argument: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there any more
+        loop.call_soon_threadsafe(callback, argument)
+
+
+def _wake_socket(path: Path) -> tuple[socket.socket, str]:
+    """A bound Unix datagram socket beside the file, or, where its path would be too long, in the temporary folder."""
+    name = f"{path.name}-{os.urandom(6).hex()}.wake"
+    address = str(path.with_name(name))
+    if len(os.fsencode(address)) > LONGEST_SOCKET_PATH:
+        address = str(Path(tempfile.gettempdir()) / f"quintet-{name[-17:]}")
+    wake = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        wake.bind(address)
+    except OSError as error:
+        wake.close()
+        raise TransportError(f"{path} cannot be opened: its folder must exist and be writable ({error})") from error
+    return wake, address
+
+
+def _poke(wake: socket.socket, address: str, text: str) -> bool:
+    """Wakes the process of that address; False where it is certain that the process is dead."""
+    try:
+        wake.sendto(text.encode(), socket.MSG_DONTWAIT, address)
+    except ConnectionRefusedError:
+        return False
+    except OSError:  # its queue is full, so it wakes anyway, or its folder cannot be seen from here: leases decide
+        return True
+    return True
+
+
+# Opening by address
+
+
+_open: dict[Path, Database] = {}
+_opening = threading.Lock()
+
+
+def file_of(address: Address) -> Path:
+    """The file behind sqlite:///relative.db or sqlite:////absolute.db. Raises AddressError."""
+    if address.host or address.path in ("", "/"):
+        raise AddressError(f"{address}: write sqlite:///rides.db (in this folder) or sqlite:////var/lib/rides.db")
+    return Path(address.path[1:])
+
+
+async def open_database(path: Path) -> Database:
+    """The database of the file, shared in this process; each call needs one `close_database`.
+
+    Raises TransportError where the file cannot be used: an old SQLite, no database, damaged, read-only, locked.
+    """
+    if apsw.SQLITE_VERSION_NUMBER < OLDEST_SAFE or _library_version() < OLDEST_SAFE:
+        raise TransportError(
+            f"SQLite {apsw.sqlite_lib_version()} can damage a file that several processes write (fixed in 3.51.3): "
+            "install apsw 3.51.3 or later from its wheel"
+        )
+    return await asyncio.to_thread(_acquire, path)
+
+
+async def close_database(database: Database) -> None:
+    """The last user of a database closes the file, after everything that was submitted is done."""
+    await asyncio.sleep(0)  # what was submitted in this turn of the loop is handed over first
+    await asyncio.to_thread(_release, database)
+
+
+def _library_version() -> int:
+    major, minor, patch = (int(part) for part in apsw.sqlite_lib_version().split("."))
+    return major * 1_000_000 + minor * 1_000 + patch
+
+
+def _acquire(path: Path) -> Database:
+    path = path.resolve()
+    with _opening:
+        database = _open.get(path)
+        if database is None:
+            database = Database(path)
+            database._start()
+            _open[path] = database
+        database._users += 1
+        return database
+
+
+def _release(database: Database) -> None:
+    with _opening:
+        database._users -= 1
+        if database._users == 0 and _open.get(database.path) is database:
+            del _open[database.path]
+            database._close()
+
+
+def _close_all() -> None:
+    for database in list(_open.values()):
+        database._close()
+
+
+_abandoned: list[Database] = []
+
+
+def _after_fork() -> None:
+    global _opening
+    _opening = threading.Lock()
+    for database in _open.values():
+        database._abandon()
+    _abandoned.extend(_open.values())  # kept, for SQLite must not close them here
+    _open.clear()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_after_fork)
+
+
+# The one door of foreign errors
+
+_SENTENCES: dict[type[Exception], str] = {
+    apsw.NotADBError: "{path} is not a SQLite database: name another file, or move this one away",
+    apsw.CorruptError: "{path} is damaged ({detail}): stop its users, then restore a backup or `sqlite3 FILE .recover`",
+    apsw.ReadOnlyError: "{path} is read-only for this process: make the file and its folder writable for its user",
+    apsw.PermissionsError: "{path} may not be accessed by this process: make it readable and writable for its user",
+    apsw.FullError: "no room for {path}: its disk or quota is full, so this was not stored; make room",
+    apsw.BusyError: "{path} was locked by another process for {busy:g} s: end its long transaction",
+    apsw.LockedError: "{path} was locked by another process for {busy:g} s: end its long transaction",
+    apsw.CantOpenError: "{path} cannot be opened: its folder must exist and be writable",
+    apsw.IOError: "reading or writing {path} failed ({detail}): check its disk",
+}
+
+
+def translate(error: Exception, path: Path) -> Exception:
+    """A SQLite failure as TransportError, with one sentence that names the file; anything else unchanged."""
+    if not isinstance(error, apsw.Error):
+        return error
+    sentence = next(
+        (text for kind, text in _SENTENCES.items() if isinstance(error, kind)), "{path}: SQLite says {detail}"
+    )
+    translated = TransportError(sentence.format(path=path, detail=error, busy=BUSY_SECONDS))
+    translated.__cause__ = error
+    return translated
+
+
+def refusal(error: TransportError) -> CallError:
+    """The same failure where it met a send: whether it may be sent again depends on what failed."""
+    kind = ChannelFull if isinstance(error.__cause__, apsw.FullError) else Unavailable
+    torn = isinstance(error.__cause__, apsw.IOError)  # perhaps after the commit reached the disk
+    return kind(str(error), safety=Safety.UNKNOWN if torn else Safety.NOT_SENT)
