@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import msgspec
 from msgspec import Struct
 
-from quintet.errors import ConfigurationError, InvalidMessage, UnsupportedMediaType
+from quintet.errors import ConfigurationError, ContractError, InvalidMessage, UnsupportedMediaType
 
 T = TypeVar("T")
 
@@ -66,6 +66,24 @@ def _media_types() -> dict[str, str]:
     return {format_.media_type: name for name, format_ in installed().items()}
 
 
+def decodable(type_: T) -> T:
+    """The type itself. Raises ContractError where it holds an exception: msgspec 0.22 crashes the interpreter when it
+    decodes into a dataclass that is one."""
+    waiting: list[Any] = [msgspec.inspect.type_info(type_)]
+    seen: set[int] = set()
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, tuple):
+            waiting += found
+        elif isinstance(found, msgspec.inspect.Type | msgspec.inspect.Field) and id(found) not in seen:
+            seen.add(id(found))
+            kind = getattr(found, "cls", None)
+            if isinstance(kind, type) and issubclass(kind, BaseException):
+                raise ContractError(f"{kind.__name__} is an exception, it cannot be carried; write a Struct instead")
+            waiting += (getattr(found, name) for name in found.__struct_fields__)
+    return type_
+
+
 _PLACE = re.compile(r" - at `(?:key` in `)?\$(?P<path>[^`]*)`$")
 _MISSING = re.compile(r"missing required field `(?P<field>[^`]+)`")
 
@@ -78,7 +96,9 @@ def strict(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
             return decode(body)
         except RecursionError:
             raise InvalidMessage("the body is nested too deep") from None
-        except (msgspec.MsgspecError, ValueError) as error:
+        except UnicodeDecodeError:
+            raise InvalidMessage("the body holds text that is not valid UTF-8") from None
+        except (msgspec.MsgspecError, ValueError, TypeError) as error:  # TypeError: an item of a set is not hashable
             raise _invalid(str(error)) from None
 
     return decode_or_name_the_field

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from quintet.format import Codec, strict
+from quintet.format import Codec, decodable, strict
 
 
 class Json:
     media_type: ClassVar[str] = "application/json"
 
     def codec(self, type_: Any) -> Codec[Any]:
-        return Codec(msgspec.json.Encoder().encode, strict(msgspec.json.Decoder(type_).decode))
+        return Codec(msgspec.json.Encoder().encode, strict(msgspec.json.Decoder(decodable(type_)).decode))
 
 
 FORMAT = Json()
