@@ -1,4 +1,7 @@
-"""HTTP/1.1: uvicorn's connection inside the service's own loop, and a pool of keep-alive connections on httptools.
+"""HTTP/1.1 on httptools, the parser of uvicorn: a server inside the service's own loop, and a pool of connections.
+
+uvicorn's own connection was tried: its ASGI cycle costs as much again as all of this, a head may be endless in it and
+a slow client stay for ever. granian costs twice as much, and lives in threads.
 
 Options of an address: `max_body` (bytes of a body, both ways), `request_timeout` (seconds a client may take to send a
 request or to read its answer), `keep_alive` (seconds a served connection may idle), `connections` (how many a client
@@ -8,17 +11,14 @@ opens at most), `ca` (a file of certificates to trust), `cert` and `key` (what a
 from __future__ import annotations
 
 import asyncio
-import logging
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping
 from email.utils import formatdate
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote
 
-import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.server import ServerState
+import httptools
+import msgspec
 
 from quintet.clock import SYSTEM, Clock, Handle
 from quintet.errors import (
@@ -36,29 +36,27 @@ from quintet.transport import Address, Done, Receive, Serving, Trait, Transport,
 from quintet.wire.http import (
     MalformedHTTP,
     NotRouted,
-    RawHeaders,
     Response,
     ResponseParser,
     Router,
-    read_headers,
+    add_header,
+    problem_bytes,
     read_request,
     read_response,
     request_bytes,
+    response_bytes,
     route_of,
     split_route,
-    write_problem,
-    write_response,
 )
+from quintet.workers import Workers
 
 MAX_BODY: Final = 4 * 1024 * 1024  # bytes; what gRPC allows too
 MAX_HEAD: Final = 32 * 1024
 MAX_PATH: Final = 8 * 1024
 IDLE: Final = 4.0  # seconds; below the 5 after which most servers close an idle connection
+SWEEP: Final = 1.0  # seconds between two looks at slow and idle clients
+PATIENCE: Final = 8  # times max_body that is read and dropped, so that the client comes to read its 413
 GRACE: Final = 5.0  # seconds that a request which is half read may still take when the server stops
-CLOSE: Final = (b"connection", b"close")
-
-_SILENT = logging.Logger("quintet.http", logging.CRITICAL)  # a transport never logs; uvicorn would
-_SILENT.disabled = True
 
 
 class Carrier(Transport):
@@ -307,91 +305,100 @@ class _Caller(asyncio.Protocol):
 
 # --- the server
 
-_Scope = MutableMapping[str, Any]
-_Events = Callable[[], Awaitable[Any]]
-_Send = Callable[[Any], Awaitable[None]]
-_Parts = tuple[int, RawHeaders, bytes]
+FAILED: Final = "the service failed; its log says why"
+_Delivery = tuple[Message, "_Connection"]
+_Request = tuple[str, str, dict[str, str], bytes | None, bool]
+"""Method, target, headers, body (None: too large) and whether the connection stays."""
 
 
 class _Route:
-    """One channel being served: hands over at most `limit` requests at once, the others wait in order."""
+    """One channel being served."""
 
     def __init__(self, server: _Server, channel: Channel, receive: Receive, limit: int, route: str) -> None:
         self.channel, self.route = channel, route
         self.stopping = False
-        self._server, self._receive, self._limit = server, receive, limit
-        self._in_work = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._server, self._receive = server, receive
+        self._waiting: deque[_Delivery] = deque()
+        self._unsettled = 0
+        self._settled = asyncio.Event()
+        self._settled.set()
+        self._workers: Workers[_Delivery] = Workers(self._take, self._work, limit)
 
-    async def deliver(self, message: Message) -> Verdict:
-        if self._in_work < self._limit:
-            if not self._in_work:
-                self._idle.clear()
-            self._in_work += 1
-        else:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append(turn)
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._leave()
-                raise
-        try:
-            return await self._receive(message)
-        finally:
-            self._leave()
+    def __repr__(self) -> str:
+        return f"<serving {self.route}: {self._workers!r}>"
 
-    def _leave(self) -> None:
+    def put(self, message: Message, connection: _Connection) -> None:
+        self._waiting.append((message, connection))
+        self._unsettled += 1
+        if self._unsettled == 1:
+            self._settled.clear()
+        self._workers.wake()
+
+    def _take(self) -> _Delivery | None:
         while self._waiting:
-            turn = self._waiting.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._in_work -= 1
-        if not self._in_work:
-            self._idle.set()
+            delivery = self._waiting.popleft()
+            if not delivery[1].is_closing():
+                if self._waiting:
+                    self._workers.wake()
+                return delivery
+            self._settle()  # nobody waits for it any more
+        return None
+
+    async def _work(self, delivery: _Delivery) -> None:
+        message, connection = delivery
+        try:
+            connection.settle(message, await self._receive(message))
+        except BaseException:
+            connection.abort()
+            raise
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        self._unsettled -= 1
+        if not self._unsettled:
+            self._settled.set()
 
     async def stop(self) -> None:
-        if not self.stopping:
-            self.stopping = True
-            try:
-                await self._server.drain_if_all_stop()
-                await self._idle.wait()
-            except asyncio.CancelledError:
-                self._server.impatient = True
-                raise
+        """Where this is cancelled, what is in work is cut off."""
+        self.stopping = True
+        try:
+            await self._server.drain_if_all_stop()
+            await self._settled.wait()
+            await self._workers.drain()
+        except asyncio.CancelledError:
+            await self._workers.cancel()
+            self._server.abort()
+            raise
+        finally:
             self._server.remove(self)
 
 
 class _Server:
-    """All that is served at one address: an ASGI application for uvicorn's connections."""
+    """All that is served at one address."""
 
     def __init__(self, carrier: Carrier) -> None:
         address = carrier.address
         self.clock, self.max_body = carrier.clock, carrier.max_body
         self.request_timeout = address.option("request_timeout", 30.0)
         self.keep_alive = address.option("keep_alive", 60.0)
-        self.router: Router[_Route] = Router()
         self.routes: set[_Route] = set()
-        self.state = ServerState()
+        self.connections: set[_Connection] = set()
         self.listening = self.draining = False
-        self.impatient = False  # somebody gave up waiting for what is in work
         self._carrier = carrier
+        self._router: Router[_Route] = Router()
         self._listener: asyncio.Server | None = None
         self._drained: asyncio.Task[None] | None = None
         self._emptied = asyncio.Event()
         self._sweeping: Handle | None = None
-        self._date = (0, (b"date", b""))
+        self._second, self._date = 0, ""
 
     def add(self, channel: Channel, receive: Receive, limit: int) -> _Route:
-        method, path, operation = split_route(route_of(channel))
-        text = f"{method} {self._carrier.prefix}{path}" + (f"#{operation}" if operation else "")
-        route = _Route(self, channel, receive, limit, text)
         try:
-            self.router.add(text, route)
+            method, path, operation = split_route(route_of(channel))
+            text = f"{method} {self._carrier.prefix}{path}" + (f"#{operation}" if operation else "")
+            route = _Route(self, channel, receive, limit, text)
+            self._router.add(text, route)
         except ValueError as error:
             raise AddressError(f"{self._carrier.address}: {channel.name}: {error}") from None
         self.routes.add(route)
@@ -400,28 +407,16 @@ class _Server:
     def remove(self, route: _Route) -> None:
         if route in self.routes:
             self.routes.remove(route)
-            self.router.remove(route.route)
+            self._router.remove(route.route)
 
     async def listen(self) -> int:
         """Starts listening and returns the port. Raises TransportError and AddressError."""
         address = self._carrier.address
-        config = uvicorn.Config(
-            self.respond,
-            http=_Connection,
-            ws="none",
-            lifespan="off",
-            interface="asgi3",
-            log_config=None,
-            proxy_headers=False,
-            workers=1,
-            timeout_keep_alive=self.keep_alive,  # type: ignore[arg-type]  # handed to call_later as it is
-        )
-        config.load()
-        loop = asyncio.get_running_loop()
         port = address.port if address.port is not None else (443 if self._carrier.secure else 80)
+        context = self._context()
         try:
-            self._listener = await loop.create_server(
-                lambda: _Connection(self, config, loop), address.host, port, ssl=self._context(), backlog=2048
+            self._listener = await asyncio.get_running_loop().create_server(
+                lambda: _Connection(self), address.host, port, ssl=context, backlog=2048
             )
         except OSError as error:
             raise TransportError(f"{address}: cannot listen there: {error.strerror or error}") from error
@@ -441,116 +436,78 @@ class _Server:
             raise AddressError(f"{address}: cannot use its certificate or key: {error}") from None
         return context
 
-    # a request, from the first byte to the last of its answer
+    @property
+    def date(self) -> str:
+        second = int(self.clock.wall())
+        if second != self._second:
+            self._second, self._date = second, formatdate(second, usegmt=True)
+        return self._date
 
-    async def respond(self, scope: _Scope, receive: _Events, send: _Send) -> None:
-        """The ASGI application."""
-        try:
-            parts = await self._answer(scope, receive)
-        except Exception as error:  # the verdict cannot be written: the client learns that it failed, the loop why
-            asyncio.get_running_loop().call_exception_handler({"message": "unusable reply", "exception": error})
-            parts = write_problem(_FAILED)
-        if parts is None:
+    def begin(self, connection: _Connection, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
+        """A whole request has come: to its route, or answered at once where it has none."""
+        if target[0] != "/":  # the absolute form of RFC 9112, section 3.2.2
+            target = "/" + target.partition("://")[2].partition("/")[2]
+        path = target.partition("?")[0]
+        if not target.isascii() or "#" in target:
+            connection.refuse(InvalidMessage("the path must be percent-encoded"), 400)
             return
-        status, headers, body = parts
-        headers.append(self._now())
-        if self.draining:
-            headers.append(CLOSE)
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-    async def _answer(self, scope: _Scope, receive: _Events) -> _Parts | None:
-        """Status, headers and body; None where the client left before its request was whole."""
-        headers = read_headers(scope["headers"])
-        length = int(headers.get("content-length", 0))
-        if length > self.max_body and (length > 8 * self.max_body or "expect" in headers):
-            return write_problem(self._too_large(), 413, CLOSE)  # nothing of it is read
-        event = await receive()
-        body = event.get("body", b"")
-        if event.get("more_body", False):
-            chunks, size = [body], len(body)
-            while event.get("more_body", False):
-                event = await receive()
-                size += len(event.get("body", b""))
-                if size <= self.max_body:
-                    chunks.append(event.get("body", b""))
-                elif size > 8 * self.max_body:
-                    return write_problem(self._too_large(), 413, CLOSE)
-            if size > self.max_body:  # read to its end: a client that still writes would not read the answer
-                return write_problem(self._too_large())
-            body = b"".join(chunks)
-        if event["type"] != "http.request":
-            return None
-        if len(body) > self.max_body:
-            return write_problem(self._too_large())
-        if len(body) < length:
-            return write_problem(InvalidMessage("the body did not come: this server offers no Upgrade"), 400, CLOSE)
-        method: str = scope["method"]
-        path: str = scope["raw_path"].decode("ascii")
-        query: bytes = scope["query_string"]
-        if len(path) + len(query) > MAX_PATH:
-            return write_problem(TooLarge(f"the path and its query have more than {MAX_PATH} bytes"), 414)
+        if len(target) > MAX_PATH:
+            connection.refuse(TooLarge(f"the path and its query have more than {MAX_PATH} bytes"), 414)
+            return
         try:
-            route, parameters = self.router.find(method, path, headers.get("quintet-operation", ""))
+            route, parameters = self._router.find(method, path, headers.get("quintet-operation", ""))
         except NotRouted as no:
-            return self._unrouted(method, path, no)
+            self._unrouted(connection, method, path, no)
+            return
         if route.stopping and not self.draining:
-            return write_problem(Unavailable(f"{path!r} is being stopped here; it was not begun"))
+            connection.refuse(Unavailable(f"{path!r} is being stopped here; the request was not begun"))
+            return
         headers[":method"] = method
-        headers[":path"] = f"{path}?{query.decode('ascii')}" if query else path
+        headers[":path"] = target
         if parameters:
             headers.update(parameters)
         try:
             message = read_request(route.channel, headers, body, self.clock.now())
         except InvalidMessage as error:
-            return write_problem(error, 400)
-        verdict = await route.deliver(message)
-        if isinstance(verdict, Done):
-            return write_response(verdict.reply)
-        return write_problem(RemoteError(str(_FAILED), correlation_id=message.id))
+            connection.refuse(error, 400)
+            return
+        route.put(message, connection)
 
-    def _unrouted(self, method: str, path: str, no: NotRouted) -> _Parts:
+    def _unrouted(self, connection: _Connection, method: str, path: str, no: NotRouted) -> None:
         if method in {"GET", "HEAD"} and path in {"/health/live", "/health/ready"}:
-            draining = self.draining or any(route.stopping for route in self.routes)
-            word = "live" if path == "/health/live" else "draining" if draining else "ready"
-            body = b'{"status":"%s"}' % word.encode()
-            headers: RawHeaders = [(b"content-length", b"%d" % len(body)), (b"content-type", b"application/json")]
-            return 503 if word == "draining" else 200, headers, body
-        allow = (b"allow", no.allow.encode())
-        if method == "OPTIONS" and no.allow:
-            return 204, [allow], b""
-        return write_problem(no.error, no.status, *([allow] if no.allow else []))
-
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body has more than the {self.max_body} bytes that are taken here")
-
-    def _now(self) -> tuple[bytes, bytes]:
-        second = int(self.clock.wall())
-        if second != self._date[0]:
-            self._date = (second, (b"date", formatdate(second, usegmt=True).encode()))
-        return self._date[1]
+            draining = path == "/health/ready" and any(route.stopping for route in self.routes)
+            state = {"status": "draining" if draining else path.removeprefix("/health/")}
+            connection.answer(
+                Message(
+                    channel=Channel(path),
+                    body=msgspec.json.encode(state),
+                    media_type="application/json",
+                    headers={":status": "503" if draining else "200"},
+                )
+            )
+        elif method == "OPTIONS" and no.allow:
+            connection.answer(Message(channel=Channel(path), headers={"allow": no.allow}))
+        else:
+            connection.refuse(no.error, no.status, f"allow: {no.allow}" if no.allow else "")
 
     # the connections
 
-    def watch(self) -> None:
-        """Looks after the connections once a second, as long as there are any: one timer for all of them."""
+    def made(self, connection: _Connection) -> None:
+        self.connections.add(connection)
         if self._sweeping is None:
-            self._sweeping = self.clock.call_at(self.clock.now() + 1.0, self._sweep)
+            self._sweeping = self.clock.call_at(self.clock.now() + SWEEP, self._sweep)
+
+    def lost(self, connection: _Connection) -> None:
+        self.connections.discard(connection)
+        if not self.connections:
+            self._emptied.set()
 
     def _sweep(self) -> None:
-        self._sweeping = None
-        before = self.clock.now() - self.request_timeout
-        for connection in self._connections():
-            connection.expire(before)
-        if self.state.connections:
-            self.watch()
-
-    def _connections(self) -> list[_Connection]:
-        return [c for c in self.state.connections if isinstance(c, _Connection)]
-
-    def lost(self) -> None:
-        if not self.state.connections:
-            self._emptied.set()
+        """One timer for all connections, as long as there are any."""
+        now = self.clock.now()
+        for connection in list(self.connections):
+            connection.expire(now - self.request_timeout, now - self.keep_alive)
+        self._sweeping = self.clock.call_at(now + SWEEP, self._sweep) if self.connections else None
 
     async def drain_if_all_stop(self) -> None:
         if all(route.stopping for route in self.routes):
@@ -563,137 +520,261 @@ class _Server:
         if self._listener is not None:
             self._listener.close()
         await asyncio.sleep(0)  # what has arrived by now is read, and counts as in flight
-        for connection in self._connections():
-            connection.shutdown()
+        for connection in list(self.connections):
+            connection.drain()
         grace = self.clock.call_at(self.clock.now() + GRACE, self._end_grace)
-        try:
-            while self.state.connections:
-                self._emptied.clear()
-                await self._emptied.wait()
-            while self.state.tasks:  # of clients that left
-                await asyncio.wait(self.state.tasks)
-        finally:
-            grace.cancel()
+        while self.connections:
+            self._emptied.clear()
+            await self._emptied.wait()
+        grace.cancel()
 
     def _end_grace(self) -> None:
-        for connection in self._connections():
-            connection.expire(self.clock.now())
+        now = self.clock.now()
+        for connection in list(self.connections):
+            connection.expire(now, now)
+
+    def abort(self) -> None:
+        for connection in list(self.connections):
+            connection.abort()
 
     async def close(self) -> None:
-        """Stops what is not stopped yet. Cuts off what is left where it, or a `stop` before it, is cancelled."""
+        """Stops what is not stopped yet. Where this is cancelled, what is in work is cut off."""
         try:
-            if not self.impatient:
-                await asyncio.gather(*(route.stop() for route in self.routes))
-                await self.drain_if_all_stop()
+            await asyncio.gather(*(route.stop() for route in list(self.routes)))
+            await self.drain_if_all_stop()
         finally:
+            self.abort()
             if self._drained is not None:
                 self._drained.cancel()
-            if self._listener is not None:
-                self._listener.close()
             if self._sweeping is not None:
                 self._sweeping.cancel()
-            for connection in self._connections():
-                connection.transport.abort()
-            for task in self.state.tasks:
-                task.cancel()
-            await asyncio.gather(*self.state.tasks, return_exceptions=True)
 
 
-_FAILED = RemoteError("the service failed; its log says why")
+class _Connection(asyncio.Protocol):
+    """One client's connection: its requests are begun one after the other, each when the one before is answered."""
 
-
-class _Connection(HttpToolsProtocol):
-    """uvicorn's connection, with bounds on the size and the time of a request, and answers in our form."""
-
-    def __init__(self, server: _Server, config: uvicorn.Config, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(config, server.state, {}, loop)
-        self.cycle: Any  # None before the first request
-        self.logger, self.access_log = _SILENT, False
-        self._owner = server
-        self._heads = 0  # that were whole
-        self._in_head, self._head_size = True, 0
-        self._reading_since: float | None = None  # what it waits for: a request, or to be read
+    def __init__(self, server: _Server) -> None:
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._now = server.clock.now
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport
+        # the request that is being read
+        self._in_head, self._head_size, self._heads = True, 0, 0  # the last: how many heads were whole
+        self._reading_since: float | None = None
+        self._url = b""
+        self._headers: dict[str, str] = {}
+        self._chunks: list[bytes] = []
+        self._size = 0
+        # the request that is being answered, and the whole ones behind it
+        self._busy = self._keep_alive = self._head_only = False
+        self._pending: deque[_Request] = deque()
+        self._last = self._paused = False  # nothing is read any more, or for the moment
+        self._idle_since = 0.0
         self._writing_since: float | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._reading_since = self._owner.clock.now()
-        self._owner.watch()
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._owner.lost()
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+        self._reading_since = self._now()
+        self._server.made(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        self._pending.clear()
+        self._server.lost(self)
+
+    # reading
 
     def data_received(self, data: bytes) -> None:
+        if self._last:
+            return
         if self._reading_since is None:
-            self._reading_since = self._owner.clock.now()
+            self._reading_since = self._now()
         while self._in_head and len(data) > MAX_HEAD - self._head_size:
             heads, room = self._heads, MAX_HEAD - self._head_size
-            super().data_received(data[:room])
-            if self.transport.is_closing():
-                return
+            self._feed(data[:room])
             if self._heads == heads:
-                what, status = ("headers", 431) if self.headers else ("path", 414)
-                self._refuse(TooLarge(f"the {what} of a request may have {MAX_HEAD} bytes"), status)
+                what, status = ("headers", 431) if self._headers else ("path", 414)
+                self._hang_up(TooLarge(f"the {what} of a request may have {MAX_HEAD} bytes"), status)
+            if self._last:
                 return
             data = data[room:]
         if self._in_head:
             self._head_size += len(data)
-        super().data_received(data)
+        self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._last = True  # not offered: the request is answered as it is, and the rest is not for us
+        except httptools.HttpParserCallbackError:
+            raise
+        except httptools.HttpParserError as error:
+            self._hang_up(InvalidMessage(f"this is no HTTP/1.1 request: {error}"), 400)
+
+    def on_message_begin(self) -> None:
+        self._url, self._headers, self._chunks, self._size = b"", {}, [], 0
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        add_header(self._headers, name, value)
 
     def on_headers_complete(self) -> None:
         self._heads += 1
         self._in_head = False
-        super().on_headers_complete()
+        expected = "expect" in self._headers
+        if expected or "content-length" in self._headers:
+            size, limit = int(self._headers.get("content-length", 0)), self._server.max_body
+            if size > limit and (expected or size > PATIENCE * limit):
+                self._hang_up(self._too_large(), 413)
+            elif expected and not self._busy and not self._last:
+                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        self._size += len(body)
+        if self._size <= self._server.max_body:
+            self._chunks.append(body)
+        elif self._size > PATIENCE * self._server.max_body:
+            self._hang_up(self._too_large(), 413)
 
     def on_message_complete(self) -> None:
         self._in_head, self._head_size = True, 0
         self._reading_since = None
-        super().on_message_complete()
-
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
-        self._refuse(InvalidMessage("this is no HTTP/1.1 request"), 400)
-
-    def _refuse(self, error: CallError, status: int) -> None:
-        """Answers what never became a request, and hangs up."""
-        cycle = self.cycle
-        if cycle is not None and not cycle.response_complete and not cycle.more_body:
-            cycle.keep_alive = False  # a good request came before: its answer goes out, then it ends
-            self.flow.pause_reading()
+        if self._last:
             return
-        status, headers, body = write_problem(error, status, self._owner._now(), CLOSE)
-        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
-        self.transport.write(b"HTTP/1.1 %d \r\n%b\r\n%b" % (status, lines, body))
-        self.transport.close()
+        upgrade = self._parser.should_upgrade()
+        if upgrade and ("content-length" in self._headers or "transfer-encoding" in self._headers):
+            self._hang_up(InvalidMessage("Upgrade is not offered here: send the request without it"), 400)
+            return
+        body = None if self._size > self._server.max_body else b"".join(self._chunks)
+        keep_alive = self._parser.should_keep_alive() and not upgrade
+        method = self._parser.get_method().decode()
+        request = method, self._url.decode("latin-1"), self._headers, body, keep_alive
+        if self._busy or self._pending or self._writing_since is not None:
+            self._pending.append(request)
+            self._pause()
+        else:
+            self._begin(request)
 
-    def eof_received(self) -> bool:  # type: ignore[override]
-        """A client may close its half once its request is whole, and still read the answer."""
-        cycle = self.cycle
-        if cycle is None or cycle.response_complete or cycle.more_body or self.scheme == "https":
-            return False
-        cycle.keep_alive = False
-        return True
+    def _begin(self, request: _Request) -> None:
+        method, target, headers, body, self._keep_alive = request
+        self._busy, self._head_only = True, method == "HEAD"
+        if body is None:  # it was read to its end: who still writes would not read the answer
+            self.refuse(self._too_large())
+        else:
+            self._server.begin(self, method, target, headers, body)
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"the body has more than the {self._server.max_body} bytes that are taken here")
+
+    # answering
+
+    def settle(self, message: Message, verdict: Verdict) -> None:
+        if not isinstance(verdict, Done):
+            self.refuse(RemoteError(FAILED, correlation_id=message.id))
+            return
+        try:
+            self.answer(verdict.reply)
+        except ValueError as error:  # a reply that cannot be written: the client learns that, the loop why
+            self._loop.call_exception_handler({"message": f"{message!r}: unusable reply", "exception": error})
+            self.refuse(RemoteError(FAILED, correlation_id=message.id))
+
+    def answer(self, reply: Message | None) -> None:
+        """The answer to the request that was begun. Raises ValueError where it cannot stand in HTTP."""
+        close = self._closes()
+        self._send(response_bytes(reply, self._server.date, close, self._head_only), close)
+
+    def refuse(self, error: CallError, status: int = 0, line: str = "") -> None:
+        close = self._closes()
+        self._send(problem_bytes(error, status, line, self._server.date, close, self._head_only), close)
+
+    def _closes(self) -> bool:
+        return not self._keep_alive or (not self._pending and (self._last or self._server.draining))
+
+    def _send(self, response: bytes, close: bool) -> None:
+        if self._transport.is_closing():
+            return
+        self._transport.write(response)
+        self._busy = False
+        if close:
+            self._linger() if self._reading_since is not None else self._transport.close()
+        elif self._pending or self._paused:
+            self._loop.call_soon(self._advance)  # not at once: a row of refusals would recurse
+        else:
+            self._idle_since = self._now()
+
+    def _linger(self) -> None:
+        """The client is still writing: to close now would reset the connection, and the answer with it."""
+        self._last = True
+        self._pending.clear()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _advance(self) -> None:
+        if self._busy or self._writing_since is not None or self._transport.is_closing():
+            return
+        if self._pending:
+            self._begin(self._pending.popleft())
+        elif self._paused:
+            self._paused = False
+            self._transport.resume_reading()
 
     def pause_writing(self) -> None:
-        self._writing_since = self._owner.clock.now()
-        super().pause_writing()
+        """The client does not read its answers: nothing more is begun for it."""
+        self._writing_since = self._now()
+        self._pause()
 
     def resume_writing(self) -> None:
         self._writing_since = None
-        super().resume_writing()
+        self._advance()
 
-    def shutdown(self) -> None:
-        """The server stops: ends at once where nothing is in flight, else after the answer."""
-        if self._in_head and self._head_size and (self.cycle is None or self.cycle.response_complete):
-            return  # half a head is there: it has its grace
-        super().shutdown()
+    # ending
 
-    def expire(self, before: float) -> None:
+    def _hang_up(self, error: CallError, status: int) -> None:
+        """What came is no request: says so, unless answers to good ones before it are still due, and ends."""
+        if self._last:
+            return
+        self._last = True
+        if not self._busy and not self._pending:
+            self._keep_alive = self._head_only = False
+            self.refuse(error, status)
+
+    def eof_received(self) -> bool:
+        """A client may close its half once its request is whole, and still read the answer."""
+        self._last, self._reading_since = True, None
+        return (self._busy or bool(self._pending)) and not self._transport.get_extra_info("sslcontext")
+
+    def drain(self) -> None:
+        """The server stops: ends at once where nothing is in flight; what is half read has its grace."""
+        if self._in_head and not self._head_size and not self._busy and not self._pending:
+            self._transport.close()
+
+    def expire(self, before: float, idle_before: float) -> None:
         """Hangs up on a client that has been sending its request, or reading its answer, since `before`."""
-        if self._writing_since is not None and self._writing_since <= before:
-            self.transport.abort()
-        elif self._reading_since is not None and self._reading_since <= before:
-            if self._head_size or not self._in_head:
-                self._refuse(InvalidMessage("the request was not whole in time"), 408)
+        if self._writing_since is not None:
+            if self._writing_since <= before:
+                self._transport.abort()
+        elif self._reading_since is not None:
+            if self._reading_since > before:
+                return
+            if not self._last and (self._head_size or not self._in_head):
+                self._hang_up(InvalidMessage("the request was not whole in time"), 408)
             else:
-                self.transport.close()
+                self._transport.close()
+        elif not self._busy and not self._pending and self._idle_since <= idle_before:
+            self._transport.close()

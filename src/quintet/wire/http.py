@@ -17,7 +17,7 @@ RFC 9110, section 5.5); framing headers (FRAMING) are this module's and are neve
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from http import HTTPStatus
 from typing import Any, Final, Generic, TypeVar
 from urllib.parse import quote, unquote
 
@@ -64,7 +64,6 @@ _REQUEST_FIELDS = tuple((field, name) for field, name in FIELDS.items() if field
 _REPLY_FIELDS = tuple((field, name) for field, name in FIELDS.items() if field not in {"id", "operation", "key"})
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 FOREIGN: Final = {
     400: "invalid",
@@ -280,20 +279,13 @@ def _text(raw: bytes) -> str:
         return raw.decode("latin-1")
 
 
-def _add(headers: dict[str, str], raw_name: bytes, raw_value: bytes) -> None:
+def add_header(headers: dict[str, str], raw_name: bytes, raw_value: bytes) -> None:
+    """Name in lower case; what stands twice is joined by commas."""
     name = _NAME_OF.get(raw_name) or raw_name.decode("latin-1").lower()
     value = _text(raw_value)
     if name in headers:  # RFC 9110, section 5.3; cookies are the exception
         value = headers[name] + ("; " if name == "cookie" else ", ") + value
     headers[name] = value
-
-
-def read_headers(raw: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
-    """Names in lower case; what stands twice is joined by commas (RFC 9110, section 5.3)."""
-    headers: dict[str, str] = {}
-    for name, value in raw:
-        _add(headers, name, value)
-    return headers
 
 
 def read_request(channel: Channel, headers: dict[str, str], body: bytes, now: float) -> Message:
@@ -333,58 +325,61 @@ class Response(Struct):
     keep_alive: bool = True
 
 
-RawHeaders = list[tuple[bytes, bytes]]
-
-
-def write_response(reply: Message | None) -> tuple[int, RawHeaders, bytes]:
-    """Status, headers and body of a delivery that is done. Raises ValueError where a header cannot stand in HTTP."""
+def response_bytes(reply: Message | None, date: str, close: bool, head_only: bool = False) -> bytes:
+    """The response of a delivery that is done. Raises ValueError where the reply cannot stand in HTTP."""
     if reply is None:
-        return 204, [], b""
-    headers, body = reply.headers, reply.body
+        return _response(204, [], b"", date, close, head_only)
+    headers = reply.headers
     said = headers.get(":status")
     if said is not None:
         status = int(said)
     elif reply.status:
         status = BY_CODE[reply.status].http_status if reply.status in BY_CODE else 500
     else:
-        status = 200 if body else 204
-    raw: RawHeaders = []
-    if status not in {204, 304}:
-        raw.append((b"content-length", b"%d" % len(body)))
-        if reply.media_type:
-            raw.append((b"content-type", _checked("content-type", reply.media_type)))
-    elif body:
-        body = b""
+        status = 200 if reply.body else 204
+    lines = [f"content-type: {reply.media_type}"] if reply.media_type and status not in _NO_BODY else []
     for field, name in _REPLY_FIELDS:
         value = getattr(reply, field)
         if value:
-            raw.append((name.encode(), _checked(name, value)))
+            lines.append(f"{name}: {value}")
     for name, value in headers.items():
         if name[0] != ":" and name not in _OURS:
             if name not in _KNOWN_NAMES and not _TOKEN.fullmatch(name):
                 raise ValueError(f"the reply's header {name!r} cannot stand in HTTP: its name is malformed")
-            raw.append((name.lower().encode(), _checked(name, value)))
-    return status, raw, body
+            lines.append(f"{name}: {value}")
+    return _response(status, lines, reply.body, date, close, head_only)
 
 
-def _checked(name: str, value: str) -> bytes:
-    if not value.isprintable() and _CONTROL.search(value):
-        raise ValueError(f"the reply's header {name!r} holds a control character, which cannot stand in HTTP")
-    return value.encode()
-
-
-def write_problem(error: CallError, status: int = 0, *more: tuple[bytes, bytes]) -> tuple[int, RawHeaders, bytes]:
-    """A failure as application/problem+json (RFC 9457), under another HTTP status where one is given."""
+def problem_bytes(error: CallError, status: int, line: str, date: str, close: bool, head_only: bool = False) -> bytes:
+    """A failure as application/problem+json (RFC 9457); `status` is 0 or not the error's own, `line` a header."""
     body = to_problem(error)
     if status and status != error.http_status:
         body = body.replace(b'"status":%d' % error.http_status, b'"status":%d' % status, 1)
-    headers: RawHeaders = [
-        (b"content-length", b"%d" % len(body)),
-        (b"content-type", PROBLEM_MEDIA_TYPE.encode()),
-        (FIELDS["status"].encode(), error.code.encode()),
-        *more,
-    ]
-    return status or error.http_status, headers, body
+    status = status or error.http_status
+    ours = [f"content-type: {PROBLEM_MEDIA_TYPE}", f"{FIELDS['status']}: {error.code}", *([line] if line else [])]
+    return _response(status, ours, body, date, close, head_only)
+
+
+_NO_BODY = frozenset({204, 304})
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in HTTPStatus}
+
+
+def _response(status: int, lines: list[str], body: bytes, date: str, close: bool, head_only: bool) -> bytes:
+    if not 200 <= status <= 599:
+        raise ValueError(f"{status} is no status of a final response: from 200 to 599")
+    if status not in _NO_BODY:
+        lines.append(f"content-length: {len(body)}")
+        if head_only:
+            body = b""
+    else:
+        body = b""
+    lines.append(f"date: {date}")
+    if close:
+        lines.append("connection: close")
+    head = "\r\n".join([_STATUS_LINES.get(status) or f"HTTP/1.1 {status} ", *lines])
+    if head.count("\n") != len(lines) or head.count("\r") != len(lines) or "\0" in head:
+        raise ValueError("a header of the reply holds a line break, which cannot stand in HTTP")
+    return f"{head}\r\n\r\n".encode() + body
 
 
 def read_response(response: Response, request: Message) -> Message:
@@ -468,7 +463,7 @@ class ResponseParser:
         self._body: list[bytes] = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        _add(self._headers, name, value)
+        add_header(self._headers, name, value)
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
