@@ -360,18 +360,25 @@ class _Route:
             self._settled.set()
 
     async def stop(self) -> None:
-        """Where this is cancelled, what is in work is cut off."""
+        """Ends listening, when all at this address stop. Where this is cancelled, what is in work is cut off."""
         self.stopping = True
         try:
             await self._server.drain_if_all_stop()
             await self._settled.wait()
             await self._workers.drain()
         except asyncio.CancelledError:
-            await self._workers.cancel()
-            self._server.abort()
+            await self.cancel()
+            if self._server.draining:
+                self._server.abort()
             raise
-        finally:
-            self._server.remove(self)
+        self._server.remove(self)
+
+    async def cancel(self) -> None:
+        self._server.remove(self)
+        while self._waiting:
+            self._waiting.popleft()[1].abort()
+            self._settle()
+        await self._workers.cancel()
 
 
 class _Server:
@@ -538,16 +545,18 @@ class _Server:
             connection.abort()
 
     async def close(self) -> None:
-        """Stops what is not stopped yet. Where this is cancelled, what is in work is cut off."""
-        try:
-            await asyncio.gather(*(route.stop() for route in list(self.routes)))
-            await self.drain_if_all_stop()
-        finally:
-            self.abort()
-            if self._drained is not None:
-                self._drained.cancel()
-            if self._sweeping is not None:
-                self._sweeping.cancel()
+        """Cuts off what is not stopped."""
+        if self._listener is not None:
+            self._listener.close()
+        await asyncio.gather(*(route.cancel() for route in list(self.routes)))
+        self.abort()
+        while self.connections:
+            self._emptied.clear()
+            await self._emptied.wait()
+        if self._drained is not None:
+            self._drained.cancel()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
 
 
 class _Connection(asyncio.Protocol):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from http import HTTPStatus
-from typing import Any, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 from urllib.parse import quote, unquote
 
 import httptools
@@ -58,8 +58,8 @@ FRAMING: Final = frozenset(
 )
 """Headers that belong to one connection or to the body's frame."""
 
-_FIELD_OF = {name: field for field, name in FIELDS.items()}
-_OURS = FRAMING | _FIELD_OF.keys() | {TIMEOUT, ATTEMPT, "date"}
+_ID, _OPERATION, _SENDER, _VERSION, _KEY, _REPLY_TO, _CORRELATION, _STATUS = FIELDS.values()
+_OURS = FRAMING | {*FIELDS.values(), TIMEOUT, ATTEMPT, "date"}
 _REQUEST_FIELDS = tuple((field, name) for field, name in FIELDS.items() if field != "status")
 _REPLY_FIELDS = tuple((field, name) for field, name in FIELDS.items() if field not in {"id", "operation", "key"})
 
@@ -290,20 +290,25 @@ def add_header(headers: dict[str, str], raw_name: bytes, raw_value: bytes) -> No
 
 def read_request(channel: Channel, headers: dict[str, str], body: bytes, now: float) -> Message:
     """The Message of a request whose `headers` hold the pseudo headers already. Raises InvalidMessage (a 400)."""
-    fields: dict[str, Any] = {_FIELD_OF[name]: headers[name] for name in headers.keys() & _REQUEST_NAMES}
-    if TIMEOUT in headers:
-        fields["deadline"] = now + _number(headers, TIMEOUT) / 1000
-    if ATTEMPT in headers:
-        fields["attempt"] = max(1, _number(headers, ATTEMPT))
-    if not fields.get("id"):
-        fields["id"] = new_id()
-    media_type = headers.get("content-type", "")
+    get = headers.get
+    media_type = get("content-type", "")
     if ";" in media_type or media_type != media_type.lower():
         media_type = media_type.partition(";")[0].strip().lower()
-    return Message(channel=channel, body=body, media_type=media_type, headers=headers, **fields)
-
-
-_REQUEST_NAMES = frozenset(name for _, name in _REQUEST_FIELDS)
+    return Message(
+        channel=channel,
+        body=body,
+        id=get(_ID) or new_id(),
+        operation=get(_OPERATION, ""),
+        sender=get(_SENDER, ""),
+        version=get(_VERSION, ""),
+        key=get(_KEY, ""),
+        reply_to=get(_REPLY_TO, ""),
+        correlation_id=get(_CORRELATION, ""),
+        media_type=media_type,
+        deadline=now + _number(headers, TIMEOUT) / 1000 if TIMEOUT in headers else None,
+        attempt=max(1, _number(headers, ATTEMPT)) if ATTEMPT in headers else 1,
+        headers=headers,
+    )
 
 
 def _number(headers: dict[str, str], name: str) -> int:
@@ -356,7 +361,7 @@ def problem_bytes(error: CallError, status: int, line: str, date: str, close: bo
     if status and status != error.http_status:
         body = body.replace(b'"status":%d' % error.http_status, b'"status":%d' % status, 1)
     status = status or error.http_status
-    ours = [f"content-type: {PROBLEM_MEDIA_TYPE}", f"{FIELDS['status']}: {error.code}", *([line] if line else [])]
+    ours = [f"content-type: {PROBLEM_MEDIA_TYPE}", f"{_STATUS}: {error.code}", *([line] if line else [])]
     return _response(status, ours, body, date, close, head_only)
 
 
@@ -385,7 +390,7 @@ def _response(status: int, lines: list[str], body: bytes, date: str, close: bool
 def read_response(response: Response, request: Message) -> Message:
     """The reply Message. A failure's code is the server's own word, else what FOREIGN says of the HTTP status."""
     headers = response.headers
-    status = headers.get(FIELDS["status"], "")
+    status = headers.get(_STATUS, "")
     if not status and response.status >= 400:
         status = FOREIGN.get(response.status, "remote")
     headers[":status"] = str(response.status)
@@ -397,10 +402,10 @@ def read_response(response: Response, request: Message) -> Message:
         channel=request.channel,
         body=response.body,
         operation=request.operation,
-        sender=get(FIELDS["sender"], ""),
-        version=get(FIELDS["version"], ""),
+        sender=get(_SENDER, ""),
+        version=get(_VERSION, ""),
         media_type=media_type,
-        correlation_id=get(FIELDS["correlation_id"]) or request.correlation_id or request.id,
+        correlation_id=get(_CORRELATION) or request.correlation_id or request.id,
         status=status,
         headers=headers,
     )
