@@ -431,6 +431,8 @@ def _library_version() -> int:
 
 def _acquire(path: Path) -> Database:
     path = path.resolve()
+    with contextlib.suppress(OSError):  # one level, as .quintet/; what is missing above is a slip of the pen
+        path.parent.mkdir(exist_ok=True)
     with _opening:
         database = _open.get(path)
         if database is None:
