@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
 from types import TracebackType
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, Self, TypeVar
 
 from msgspec import Struct
 
@@ -84,7 +84,7 @@ class Call(Generic[P, R]):
         key: str = "",
         headers: Mapping[str, str] | None = None,
         expires: float | None = None,
-    ) -> Call[P, R]:
+    ) -> Self:
         """The same call with other options: `timeout` in seconds, `key` for order, the user's `headers`, and after
         how many seconds a queued message `expires`."""
         return type(self)(self._line, Options(timeout=timeout, key=key, headers=headers or {}, expires=expires))

@@ -17,7 +17,6 @@ from uuid import UUID
 
 import msgspec
 from msgspec import NODEFAULT, UNSET, Meta, Struct, UnsetType
-from typing_extensions import TypeAliasType
 
 from quintet.contract import Contract, Fault, Operation, check
 from quintet.errors import ContractError
@@ -519,7 +518,7 @@ def _peel(hint: Any) -> tuple[Any, list[Any]]:
             hint = hint.__origin__
         elif isinstance(hint, typing.NewType):
             hint = hint.__supertype__
-        elif isinstance(hint, TypeAliasType):
+        elif type(hint).__name__ == "TypeAliasType":  # `type X = ...`, from Python 3.12
             hint = hint.__value__
         else:
             return (types.NoneType if hint is None else hint), extras

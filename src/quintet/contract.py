@@ -8,11 +8,22 @@ import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from enum import Enum
 from functools import cached_property
-from typing import Any, ClassVar, Concatenate, Generic, Literal, ParamSpec, TypeAlias, TypeVar, get_type_hints, overload
+from typing import (
+    Any,
+    ClassVar,
+    Concatenate,
+    Generic,
+    Literal,
+    ParamSpec,
+    TypeAlias,
+    TypeVar,
+    dataclass_transform,
+    get_type_hints,
+    overload,
+)
 
 import msgspec
 from msgspec import NODEFAULT, Struct
-from typing_extensions import dataclass_transform
 
 from quintet.call import Call, PendingCall
 from quintet.errors import ContractError, QuintetError
