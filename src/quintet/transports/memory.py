@@ -123,7 +123,7 @@ class _Group:
         elif Trait.REDELIVERS not in bus.traits:
             self.finish(entry, Overloaded("the receiver asks for the message later", retry_after=verdict.after))
         else:
-            message.attempt += 1
+            entry.message = structs.replace(message, attempt=message.attempt + 1)
             if verdict.after > 0 and Trait.DELAYS in bus.traits:
                 clock.call_at(clock.now() + verdict.after, lambda: self.again(entry))
             else:
@@ -221,7 +221,7 @@ class _Serving:
 
     async def _deliver(self, entry: _Entry) -> None:
         try:
-            verdict = await self.receive(_fresh(entry.message))  # the receiver may change what it got, not the original
+            verdict = await self.receive(entry.message)
         except BaseException:
             if Trait.REDELIVERS in self.group.bus.traits:
                 unfinished = Again(0.0 if self.workers.stopped else UNFINISHED_AFTER, "its receiver was cancelled")
