@@ -221,7 +221,7 @@ class _Serving:
 
     async def _deliver(self, entry: _Entry) -> None:
         try:
-            verdict = await self.receive(entry.message)
+            verdict = await self.receive(_fresh(entry.message))  # the receiver may change what it got, not the original
         except BaseException:
             if Trait.REDELIVERS in self.group.bus.traits:
                 unfinished = Again(0.0 if self.workers.stopped else UNFINISHED_AFTER, "its receiver was cancelled")
