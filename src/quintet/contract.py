@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from enum import Enum
 from functools import cached_property
 from typing import (
+    Annotated,
     Any,
     ClassVar,
     Concatenate,
@@ -18,6 +19,8 @@ from typing import (
     TypeAlias,
     TypeVar,
     dataclass_transform,
+    get_args,
+    get_origin,
     get_type_hints,
     overload,
 )
@@ -330,9 +333,9 @@ class Operation(Generic[P, R, S]):
         first, *rest = self.key.split(".")
         kind = fields.get(first, NODEFAULT)
         for step in rest:
-            if kind is not NODEFAULT:
-                hints = get_type_hints(kind) if isinstance(kind, type) else {}
-                kind = hints.get(step, NODEFAULT)
+            while get_origin(kind) is Annotated:
+                kind = get_args(kind)[0]
+            kind = _hints(kind, f"{self!r}").get(step, NODEFAULT) if isinstance(kind, type) else NODEFAULT
         if kind is NODEFAULT:
             raise ContractError(f"{self!r}: key={self.key!r} names no field of its parameters")
 
