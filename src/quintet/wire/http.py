@@ -441,14 +441,13 @@ class ResponseParser:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
             raise MalformedHTTP("the server switched protocols unasked") from None
-        except httptools.HttpParserCallbackError as error:
-            if isinstance(error.__context__, TooLarge | MalformedHTTP):
-                raise error.__context__ from None
-            raise
         except httptools.HttpParserError as error:
-            if self._response is None:
-                raise MalformedHTTP(str(error) or "malformed") from None
-            self._response.keep_alive = False  # what follows a whole response is not its business
+            if self._response is not None:
+                self._response.keep_alive = False  # what follows a whole response is not its business
+            elif isinstance(error.__context__, TooLarge):
+                raise error.__context__ from None
+            else:
+                raise MalformedHTTP(str(error) or "it is malformed") from None
         if self._in_head and self._fed > self.max_head:
             raise MalformedHTTP(f"the head is larger than {self.max_head} bytes")
         response, self._response = self._response, None
@@ -462,7 +461,6 @@ class ResponseParser:
 
     def on_message_begin(self) -> None:
         if self._response is not None:
-            self._response.keep_alive = False  # a second response that nobody asked for
             raise MalformedHTTP("more came than was asked for")
         self._headers: dict[str, str] = {}
         self._body: list[bytes] = []
