@@ -151,3 +151,8 @@ def test_every_snippet_of_a_page_does_what_it_says(page: Path, tmp_path: Path, m
         shell.close()
         for name in set(sys.modules) - known:
             del sys.modules[name]
+
+
+def test_the_tables_of_the_docs_say_what_the_code_says() -> None:
+    checked = subprocess.run([sys.executable, ROOT / "scripts/tables", "--check"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
