@@ -42,6 +42,8 @@ from quintet.wire.http import FOREIGN
 
 JSON: Final = "application/json"
 HAL: Final = "application/hal+json"
+URN: Final = "urn:quintet:"  # with a fault's code behind it, the type of its problem
+FAULT: Final = f"{URN}fault:"
 RETRY_AFTER: Final = "1"  # seconds, for who asks again without Prefer: wait
 PROBLEM_MEMBERS: Final = frozenset({"type", "title", "status", "detail", "instance"})
 """RFC 9457, section 3.1. A fault with a field of one of these names travels with all its fields under `fields`."""
@@ -197,9 +199,11 @@ class Route:
             self.verb, path, suffix = "POST", f"/{info.name}", f"#{operation.full_name}"
         elif self.level == 1:
             self.verb = "POST"
-            shape = _BRACES.sub("{}", path)
-            if sum(_BRACES.sub("{}", _declared(other)[1]) == shape for other in _served(info.operations.values())) > 1:
-                suffix = f"#{operation.full_name}"
+            paths = [_declared(other)[1] for other in _served(info.operations.values())]
+            alike = [other for other in paths if _BRACES.sub("{}", other) == _BRACES.sub("{}", path)]
+            if len(set(alike)) > 1:
+                raise ContractError(f"{operation!r}: at level 1 one path is written one way: {', '.join(alike)}")
+            suffix = f"#{operation.full_name}" if len(alike) > 1 else ""
         path = f"/v{info.major}{path}"
         names = _BRACES.findall(path)
         odd = [part for part in path.split("/") if ("{" in part or "}" in part) and not _BRACES.fullmatch(part)]
@@ -244,7 +248,9 @@ class Route:
             lambda found: found[0] if found[1] in open_path else _segment(found[1], values[found[1]]), self.path
         )
         query = _query((one, values[name]) for name, one in self.in_query.items() if name in values)
-        open_query = ",".join(name for name in self.in_query if name not in values)
+        open_query = ",".join(
+            f"{name}*" if one.many else name for name, one in self.in_query.items() if name not in values
+        )
         if query:
             href += f"?{query}"
         if open_query:
@@ -331,7 +337,7 @@ class Rest:
         self._params = [(name, f":param-{name}", one) for name, one in route.in_path.items()]
         self._body_type, self._single = _body_type(route)
         self._bodies = _codecs(operation, self._body_type, self._media_type) if route.in_body else {}
-        self._body_needed = any(field.required for field in route.in_body.values())
+        self._missing = next((name for name, field in route.in_body.items() if field.required), "")
 
         self._has_result = operation.result is not NoneType
         self._results = _codecs(operation, operation.result, self._media_type) if self._has_result else {}
@@ -350,7 +356,7 @@ class Rest:
             self._request_headers["accept"] = f"{HAL}, {JSON};q=0.9"
         self._status, self._reply_headers, self._location = _success(route, self._has_result, len(self._offered) > 1)
         self._tagged = self._status == "200" and route.verb == "GET" and not route.waits
-        self._faults = {f"urn:quintet:{fault.code}": _FaultCodec(operation, fault) for fault in operation.faults}
+        self._faults = {URN + fault.code: _FaultCodec(operation, fault) for fault in operation.faults}
 
     # on the caller's side
 
@@ -408,8 +414,9 @@ class Rest:
         if head.code in BY_CODE:
             return from_problem(reply.body)
         said = f"{self._name}: answered {status} {_PHRASES.get(status, '')}".rstrip()
+        code = "remote" if head.type.startswith(FAULT) else reply.status  # a fault that our contract does not declare
         after = reply.headers.get("retry-after", "")
-        return (BY_CODE.get(reply.status) or BY_CODE[FOREIGN.get(status, "remote")])(
+        return (BY_CODE.get(code) or BY_CODE[FOREIGN.get(status, "remote")])(
             ": ".join(filter(None, (said, head.title, head.detail))),
             correlation_id=reply.correlation_id,
             retry_after=float(after) if after.isascii() and after.isdecimal() else None,
@@ -444,7 +451,9 @@ class Rest:
             self._read_query(headers.get(":path", "").partition("?")[2], values)
         if self.route.waits and "prefer" in headers:
             values["wait"] = _preferred_wait(headers)
-        if self._bodies and (message.body or self._body_needed):
+        if self._bodies and not message.body and self._missing:
+            raise InvalidMessage(f"{self._missing}: missing, the request has no body", path=self._missing)
+        if self._bodies and message.body:
             found = self._codec(self._bodies, message.media_type).decode(message.body)
             if self._single:
                 values[self._single] = found
@@ -516,7 +525,7 @@ class Rest:
         )
         if isinstance(error, Fault):
             reply.headers[":status"] = str(error.status)
-            reply.body = self._faults[f"urn:quintet:{error.code}"].encode(error)
+            reply.body = self._faults[URN + error.code].encode(error)
         else:
             reply.headers[":status"] = str(error.http_status)
             reply.body = to_problem(error)
@@ -568,7 +577,7 @@ class _FaultCodec:
         names = fault.record.__struct_fields__
         self._fault, self._nested = fault, not PROBLEM_MEMBERS.isdisjoint(names)
         members: list[tuple[str, Any, Any]] = [
-            ("type", str, f"urn:quintet:{fault.code}"),
+            ("type", str, URN + fault.code),
             ("title", str, fault.__name__),
             ("status", int, fault.status),
         ]
@@ -687,7 +696,7 @@ def negotiate(accept: str, offered: tuple[str, ...]) -> str:
     for part in accept.split(","):
         range_, *parameters = (piece.strip().lower() for piece in part.split(";"))
         quality = next((piece[2:].strip() for piece in parameters if piece.startswith("q=")), "1")
-        if range_ and re.fullmatch(r"[01]|[01]?\.[0-9]{0,6}", quality):
+        if "/" in range_ and re.fullmatch(r"[01]|[01]?\.[0-9]{0,6}", quality):
             ranges[range_] = float(quality + "0" if quality[-1] == "." else quality)
     if not ranges:
         return offered[0]
