@@ -526,15 +526,15 @@ def _peel(hint: Any) -> tuple[Any, list[Any]]:
 
 def _constraints(extras: Sequence[Any]) -> dict[str, Any]:
     """What Meta demands, without the bounds that a width already says."""
-    wide = any(isinstance(extra, Width) for extra in extras)
+    width = next((extra for extra in extras if isinstance(extra, Width)), None)
     found: dict[str, Any] = {}
     for extra in extras:
-        if isinstance(extra, Meta) and not (wide and extra in _WIDTH_BOUNDS):
+        if isinstance(extra, Meta) and (extra, width) not in _BOUNDS:
             found |= {name: value for name in _CONSTRAINTS if (value := getattr(extra, name)) is not None}
     return found
 
 
-_WIDTH_BOUNDS = [_peel(width)[1][0] for width in (Int8, Int16, Int32, Int64, UInt8, UInt16, UInt32, UInt64)]
+_BOUNDS = [tuple(_peel(kind)[1]) for kind in (Int8, Int16, Int32, Int64, UInt8, UInt16, UInt32, UInt64)]
 
 
 def _compiles(hint: Any, path: str) -> None:
