@@ -157,7 +157,7 @@ class Database:
         _resolve([(future, self._gone()) for _, _, future, _ in jobs])
 
     def _gone(self) -> TransportError:
-        return TransportError(f"{self.path} is closed in this process: open it (again, after a fork)")
+        return TransportError(f"{self.path} is closed in this process")
 
     # Opening and closing
 
@@ -180,7 +180,7 @@ class Database:
             self._inbox.put(None)
         self._writer.join()
         with contextlib.suppress(OSError):
-            self._socket.sendto(b"", self.address)  # an empty datagram ends the thread that waits
+            self._socket.shutdown(socket.SHUT_RDWR)  # ends the thread that waits
             self._waiter.join()
         self._socket.close()
         Path(self.address).unlink(missing_ok=True)
@@ -296,18 +296,22 @@ class Database:
             loops.setdefault(outcome[0].get_loop(), []).append(outcome)
         for loop, mine in loops.items():
             _call(loop, _resolve, mine)
+        refused = False
         for address, topic, payload in wakes:
             if address == self.address:
                 self._call_listeners(topic, payload)
-            else:
-                _poke(self._socket, address, f"{topic}\0{payload}")
+            elif not _poke(self._socket, address, f"{topic}\0{payload}"):
+                refused = True
+        if refused:
+            with contextlib.suppress(apsw.Error):  # somebody does it later
+                self._deliver([], self._commit(lambda transaction: self._bury(transaction, []))[1])
 
     # Waking and being woken
 
     def _wait(self) -> None:
-        while datagram := self._socket.recv(65536):
-            topic, _, payload = datagram.decode(errors="replace").partition("\0")
-            if topic != _PROBE:
+        while not self._closed:
+            topic, _, payload = self._socket.recv(65536).decode(errors="replace").partition("\0")
+            if topic != _PROBE and not self._closed:
                 self._call_listeners(topic, payload)
 
     def _call_listeners(self, topic: str, payload: str) -> None:
@@ -383,7 +387,7 @@ def _wake_socket(path: Path) -> tuple[socket.socket, str]:
 def _poke(wake: socket.socket, address: str, text: str) -> bool:
     """Wakes the process of that address; False where it is certain that the process is dead."""
     try:
-        wake.sendto(text.encode(), socket.MSG_DONTWAIT, address)
+        wake.sendto(text.encode(errors="replace"), socket.MSG_DONTWAIT, address)
     except ConnectionRefusedError:
         return False
     except OSError:  # its queue is full, so it wakes anyway, or its folder cannot be seen from here: leases decide
@@ -434,6 +438,11 @@ def _acquire(path: Path) -> Database:
     with contextlib.suppress(OSError):  # one level, as .quintet/; what is missing above is a slip of the pen
         path.parent.mkdir(exist_ok=True)
     with _opening:
+        if path in _abandoned:
+            raise TransportError(
+                f"{path} was open when this process was forked, which SQLite does not survive: "
+                "open it after the fork only, or start processes with spawn"
+            )
         database = _open.get(path)
         if database is None:
             database = Database(path)
@@ -456,7 +465,7 @@ def _close_all() -> None:
         database._close()
 
 
-_abandoned: list[Database] = []
+_abandoned: dict[Path, Database] = {}  # kept, for SQLite must not close in a child what its parent has open
 
 
 def _after_fork() -> None:
@@ -464,7 +473,7 @@ def _after_fork() -> None:
     _opening = threading.Lock()
     for database in _open.values():
         database._abandon()
-    _abandoned.extend(_open.values())  # kept, for SQLite must not close them here
+    _abandoned.update(_open)
     _open.clear()
 
 

@@ -56,6 +56,7 @@ class Carrier(Transport):
         self._unsettled: list[engine.Settle] = []
         self._timer: Handle | None = None
         self._beating: asyncio.Task[None] | None = None
+        self._closing = False
 
     @property
     def database(self) -> Database:
@@ -65,6 +66,7 @@ class Carrier(Transport):
 
     async def open(self) -> None:
         self._database = await open_database(self._file)
+        self._closing = False
         try:
             await self._database.submit(engine.CREATE, None)
             await self._join()
@@ -75,21 +77,25 @@ class Carrier(Transport):
         self._arm()
 
     async def close(self) -> None:
-        if self._database is None:
+        """Cancels what is still in work; it goes back to its channel."""
+        if self._database is None or self._closing:
             return
+        self._closing = True
+        database = self._database
         if self._timer is not None:
             self._timer.cancel()
-        if self._beating is not None:
-            self._beating.cancel()
-            await asyncio.wait([self._beating])
-        for tail in list(self._tails):
-            await tail.aclose()
-        await asyncio.gather(*(serving.abort() for serving in list(self._servings)))
-        database = self._database
-        with contextlib.suppress(TransportError):  # then the lease ends it
-            await database.submit(engine.LEAVE, self.receiver)
-        self._database = None
-        await close_database(database)
+        try:
+            if self._beating is not None:
+                self._beating.cancel()
+                await asyncio.wait([self._beating])
+            for tail in list(self._tails):
+                await tail.aclose()
+            await asyncio.gather(*(serving.abort() for serving in list(self._servings)))
+            with contextlib.suppress(TransportError):  # then the lease ends it
+                await database.submit(engine.LEAVE, self.receiver)
+        finally:
+            self._database = None
+            await close_database(database)
 
     async def send(self, message: Message) -> None:
         channel, clock = message.channel, self.clock
@@ -138,9 +144,7 @@ class Carrier(Transport):
         now = self.clock.wall()
         try:
             await self.database.bury()
-            if not await self.database.submit(
-                engine.BEAT, engine.Beat(self.receiver, now + self._lease, now, self.retain)
-            ):
+            if not await self.database.submit(engine.BEAT, engine.Beat(self.receiver, now + self._lease, now)):
                 await self.database.enrol()
                 await self._join()
                 for serving in self._servings:
@@ -342,7 +346,7 @@ class _Serving:
     def _write(self) -> None:
         settles, self._settles = self._settles, {}
         for settle in settles.values():
-            settle.now, settle.retain = self.carrier.clock.wall(), self.carrier.retain > 0
+            settle.now, settle.retain = self.carrier.clock.wall(), self.carrier.retain
             written = self.carrier.settle(settle)
             self._written.add(written)
             written.add_done_callback(self._written.discard)

@@ -42,8 +42,9 @@ CREATE TABLE IF NOT EXISTS quintet_dead (
   fanout INTEGER NOT NULL, channel TEXT NOT NULL, member TEXT NOT NULL,
   reason TEXT NOT NULL, attempts INTEGER NOT NULL, died REAL NOT NULL, key TEXT NOT NULL, message BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS quintet_done (
-  id INTEGER PRIMARY KEY, channel TEXT NOT NULL, member TEXT NOT NULL, done REAL NOT NULL, message BLOB NOT NULL);
-CREATE INDEX IF NOT EXISTS quintet_done_when ON quintet_done (done);
+  id INTEGER PRIMARY KEY,
+  channel TEXT NOT NULL, member TEXT NOT NULL, done REAL NOT NULL, until REAL NOT NULL, message BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS quintet_done_until ON quintet_done (until);
 CREATE TABLE IF NOT EXISTS quintet_tail (
   id INTEGER PRIMARY KEY AUTOINCREMENT, pattern TEXT NOT NULL, receiver INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS quintet_seen (
@@ -133,7 +134,6 @@ class Beat(Struct):
     receiver: int
     expires: float
     now: float
-    retain: float
 
 
 def join(transaction: Transaction, expires: float) -> int:
@@ -151,7 +151,7 @@ def beat(transaction: Transaction, beat: Beat) -> bool:
     alive = t.execute("UPDATE quintet_receiver SET expires = ? WHERE id = ? RETURNING id", beat.expires, beat.receiver)
     if t.execute("DELETE FROM quintet_receiver WHERE expires < ? RETURNING id", beat.now):
         t.notify_everyone()
-    t.execute("DELETE FROM quintet_done WHERE done < ?", beat.now - beat.retain)
+    t.execute("DELETE FROM quintet_done WHERE until < ?", beat.now)
     return bool(alive)
 
 
@@ -201,8 +201,8 @@ class Send(Struct):
 class _Queue:
     """What one transaction knows of a queue that it sends to."""
 
-    def __init__(self, number: int, member: str, size: int) -> None:
-        self.id, self.member, self.size = number, member, size
+    def __init__(self, number: int, member: str, size: int, temporary: bool) -> None:
+        self.id, self.member, self.size, self.temporary = number, member, size, temporary
         self.added = 0
         self.keys: set[str] = set()  # of what this transaction adds
 
@@ -211,8 +211,12 @@ class _Queue:
         if key in self.keys:
             return True
         self.keys.add(key)
-        sql = "SELECT 1 FROM quintet_delivery WHERE queue = ? AND key = ? AND key <> '' LIMIT 1"
-        return bool(transaction.execute(sql, self.id, key))
+        return _has_key(transaction, self.id, key)
+
+
+def _has_key(transaction: Transaction, queue: int, key: str) -> bool:
+    sql = "SELECT 1 FROM quintet_delivery WHERE queue = ? AND key = ? AND key <> '' LIMIT 1"
+    return bool(transaction.execute(sql, queue, key))
 
 
 def enqueue(transaction: Transaction, sends: list[Send]) -> list[Exception | None]:
@@ -232,11 +236,10 @@ def enqueue(transaction: Transaction, sends: list[Send]) -> list[Exception | Non
                         f"channel {send.channel} holds {send.capacity} messages, as many as it may: "
                         "wait until its receivers have caught up, or raise ?capacity="
                     )
-                    continue
-                # a group that lags must not stop the sender and the other groups: its own copy dies
-                reason = f"group {queue.member} had {send.capacity} messages waiting, as many as it may"
-                row = (True, send.channel, queue.member, reason, 0, send.now, send.key, send.message)
-                transaction.execute(_DIE_AT_ONCE, *row)
+                elif not queue.temporary:  # a group that lags must not stop the sender: its own copy dies
+                    reason = f"group {queue.member} had {send.capacity} messages waiting, as many as it may"
+                    row = (True, send.channel, queue.member, reason, 0, send.now, send.key, send.message)
+                    transaction.execute(_DIE_AT_ONCE, *row)
                 continue
             queue.added += 1
             held = send.key != "" and queue.holds_back(transaction, send.key)
@@ -261,10 +264,10 @@ _DIE_AT_ONCE = """
 
 
 def _queues_of(transaction: Transaction, send: Send) -> list[_Queue]:
-    sql = "SELECT id, member, size FROM quintet_queue WHERE fanout = ? AND channel = ?"
+    sql = "SELECT id, member, size, receiver IS NOT NULL FROM quintet_queue WHERE fanout = ? AND channel = ?"
     found = [_Queue(*row) for row in transaction.execute(sql, send.fanout, send.channel)]
     if not found and not send.fanout and not send.temporary:  # waits there for its first receiver
-        found = [_Queue(subscribe(transaction, Subscribe(False, send.channel, "", None)), "", 0)]
+        found = [_Queue(subscribe(transaction, Subscribe(False, send.channel, "", None)), "", 0, False)]
     return found
 
 
@@ -320,7 +323,7 @@ def claim(transaction: Transaction, claim: Claim) -> Claimed:
     if len(rows) < claim.count:
         rows += sorted(transaction.execute(_CLAIM_WAITING, receiver, queue, claim.count - len(rows)))
     full = len(rows) == claim.count
-    if any(row[5] >= SUSPECT for row in rows):
+    if any(row[5] >= min(SUSPECT, claim.attempts) for row in rows):
         rows = _alone(transaction, claim, rows)
     expired = [row for row in rows if row[3] is not None and row[3] <= claim.now]
     if expired:
@@ -334,21 +337,17 @@ def claim(transaction: Transaction, claim: Claim) -> Claimed:
 
 def _alone(transaction: Transaction, claim: Claim, rows: list[Any]) -> list[Any]:
     """Lets one suspect through, puts off the others, and ends those that crashed too many receivers."""
-    suspects = [row for row in rows if row[5] >= SUSPECT]
-    reason = f"its receiver crashed {claim.attempts} times with it in work"
-    dead = [(row[0], reason) for row in suspects if row[5] >= claim.attempts]
-    later = [row[0] for row in suspects if row[5] < claim.attempts][1:]
-    wait = claim.now + SUSPECT_PAUSE
-    transaction.many(
-        "UPDATE quintet_delivery SET owner = NULL, due = ?, attempt = attempt - 1 WHERE seq = ?",
-        [(wait, seq) for seq in later],
-    )
-    if dead:
-        died = {seq for seq, _ in dead}
-        keys = [row[2] for row in suspects if row[0] in died]
-        _settle(transaction, Settle(claim.queue, claim.receiver, claim.now, dead=dead, keys=keys))
-    out = {*later, *(seq for seq, _ in dead)}
-    return [row for row in rows if row[0] not in out]
+    suspects = [row for row in rows if row[5] >= min(SUSPECT, claim.attempts)]
+    guilty = [row for row in suspects if row[5] >= claim.attempts]
+    later = [row for row in suspects if row not in guilty][1:]
+    not_begun = [*guilty, *later]
+    sql = "UPDATE quintet_delivery SET attempt = attempt - 1 WHERE seq = ?"
+    transaction.many(sql, [(row[0],) for row in not_begun])
+    settle = Settle(claim.queue, claim.receiver, claim.now, again=[(SUSPECT_PAUSE, row[0]) for row in later])
+    settle.dead = [(row[0], f"its receivers crashed {row[5]} times with it in work") for row in guilty]
+    settle.keys = [row[2] for row in guilty]
+    _settle(transaction, settle)
+    return [row for row in rows if row not in not_begun]
 
 
 class Settle(Struct):
@@ -357,7 +356,7 @@ class Settle(Struct):
     queue: int
     receiver: int
     now: float = 0.0
-    retain: bool = False
+    retain: float = 0.0
     done: list[int] = []
     again: list[tuple[float, int]] = []
     """After how many seconds, and which."""
@@ -379,7 +378,7 @@ def _settle(transaction: Transaction, s: Settle) -> None:
     ended = 0
     if s.done:
         if s.retain:
-            t.many(_RETAIN, [(s.now, seq, receiver) for seq in s.done])
+            t.many(_RETAIN, [(s.now, s.now + s.retain, seq, receiver) for seq in s.done])
         ended += t.many("DELETE FROM quintet_delivery WHERE seq = ? AND owner = ?", [(seq, receiver) for seq in s.done])
     if s.dead:
         t.many(_DIE, [(reason, s.now, seq, receiver) for seq, reason in s.dead])
@@ -400,8 +399,8 @@ def _settle(transaction: Transaction, s: Settle) -> None:
 
 
 _RETAIN = """
-  INSERT INTO quintet_done (channel, member, done, message)
-  SELECT q.channel, q.member, ?, d.message FROM quintet_delivery d JOIN quintet_queue q ON q.id = d.queue
+  INSERT INTO quintet_done (channel, member, done, until, message)
+  SELECT q.channel, q.member, ?, ?, d.message FROM quintet_delivery d JOIN quintet_queue q ON q.id = d.queue
   WHERE d.seq = ? AND d.owner = ?"""
 _DIE = """
   INSERT INTO quintet_dead (fanout, channel, member, reason, attempts, died, key, message)
@@ -483,11 +482,11 @@ def replay(transaction: Transaction, wish: Replay) -> int:
     replayed = 0
     for number in _numbers(wish.ids):
         sql = """
-          SELECT q.id, q.member, q.size, d.key, d.message FROM quintet_dead d
+          SELECT q.id, d.key, d.message FROM quintet_dead d
           JOIN quintet_queue q ON q.fanout = d.fanout AND q.channel = d.channel AND q.member = d.member
           WHERE d.id = ?"""
-        for queue, member, size, key, message in transaction.execute(sql, number):
-            held = key != "" and _Queue(queue, member, size).holds_back(transaction, key)
+        for queue, key, message in transaction.execute(sql, number):
+            held = key != "" and _has_key(transaction, queue, key)
             transaction.execute(_INSERT, queue, None if held else 0, key, None, wish.now, message, 0)
             transaction.execute("UPDATE quintet_queue SET size = size + 1 WHERE id = ?", queue)
             transaction.execute("DELETE FROM quintet_dead WHERE id = ?", number)
