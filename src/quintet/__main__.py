@@ -1,0 +1,5 @@
+"""`python -m quintet`: the command line."""
+
+from quintet.cli import main
+
+main()

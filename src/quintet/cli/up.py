@@ -1,0 +1,132 @@
+"""`quintet up`: every service of a deployment as a process, and one combined log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json as standard_json
+import signal
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from quintet.cli.exits import Exit, run
+from quintet.cli.serve import stop_signals
+from quintet.deployment import FILE, read_deployment
+from quintet.supervisor import GRACE, Process, Processes, State
+
+EXAMPLES = """\b
+Examples:
+  quintet up                       the services of quintet.toml in this folder
+  quintet up demo/quintet.toml     their modules and relative paths are looked up in demo/
+  TRIPS_PORT=8102 quintet up       where the file says at = "http://127.0.0.1:${TRIPS_PORT:-8002}"
+"""
+
+COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_red", "bright_cyan", "bright_green", "bright_magenta")
+
+
+def up(
+    file: Annotated[str, typer.Argument(metavar="[FILE]", help="The deployment.")] = FILE,
+    within: Annotated[float, typer.Option("--within", help="Seconds that all services have to become ready.")] = 60.0,
+    grace: Annotated[
+        float, typer.Option("--grace", help="Seconds that each has to drain before it is killed.")
+    ] = GRACE,
+    json: Annotated[bool, typer.Option("--json", help="Writes the log as lines of JSON, for programs.")] = False,
+) -> None:
+    """Runs all services of a deployment, restarts what crashes, stops all in reverse order on Ctrl-C or SIGTERM.
+
+    A service that refuses its configuration ends it all while it starts; later, that service stays down and the
+    others go on. A second Ctrl-C ends all at once.
+    """
+    deployment = read_deployment(file)
+    log = _Log(json)
+    processes = Processes(deployment, log.line, log.change)
+    log.open(processes)
+    run(_up(processes, log, within, grace))
+
+
+async def _up(processes: Processes, log: _Log, within: float, grace: float) -> None:
+    cut = 0
+
+    def end(number: int) -> None:
+        nonlocal cut
+        cut = 128 + number
+        processes.kill()
+
+    stop = stop_signals(lambda: None, end)
+    asked = asyncio.create_task(stop.wait())
+    try:
+        processes.start()
+        ready = asyncio.create_task(processes.ready(within))
+        await asyncio.wait([asked, ready], return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            await ready
+            log.note(f"all {len(processes)} ready; Ctrl-C stops them")
+        else:
+            ready.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await ready
+        ended = asyncio.create_task(processes.ended())
+        await asyncio.wait([asked, ended], return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+    finally:
+        asked.cancel()
+        log.note("stopping")
+        await processes.stop(grace)
+    if cut:
+        raise typer.Exit(cut)
+    if any(process.state is State.REFUSED for process in processes):
+        raise typer.Exit(Exit.CONFIGURATION)
+
+
+class _Log:
+    """What all processes write, each line behind its process's name in its own colour."""
+
+    def __init__(self, json: bool) -> None:
+        self._json = json
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._colours: dict[str, str] = {}
+        self._width = len("quintet")
+        self._processes: Processes | None = None
+
+    def open(self, processes: Processes) -> None:
+        self._processes = processes
+        for number, process in enumerate(processes):
+            self._colours[process.name] = COLOURS[number % len(COLOURS)]
+            self._width = max(self._width, len(process.name))
+        self.note(f"starting {len(processes)} services: {', '.join(process.name for process in processes)}")
+
+    def line(self, name: str, text: str) -> None:
+        if self._json:
+            self._console.file.write(standard_json.dumps({"process": name, "line": text}) + "\n")
+            self._console.file.flush()
+            return
+        prefix = Text(f"{name:<{self._width}} | ", style=self._colours.get(name, "bold"))
+        self._console.print(prefix + Text.from_ansi(text))
+
+    def note(self, text: str) -> None:
+        self.line("quintet", text)
+
+    def change(self, process: Process) -> None:
+        match process.state:
+            case State.READY:
+                self.note(f"{process.name} is ready ({self._progress()})")
+            case State.CRASHED:
+                code = process.exit_code or 0
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                self.note(f"{process.name} {how}; starting it again in {process.delay:g} s")
+            case State.REFUSED:
+                self.note(f"{process.name} refused its configuration, and is not started again")
+            case State.STOPPING:
+                self.note(f"stopping {process.name}")
+            case _:
+                pass
+
+    def _progress(self) -> str:
+        everything = list(self._processes or ())
+        waiting = [process.name for process in everything if process.state is not State.READY]
+        return f"{len(everything) - len(waiting)} of {len(everything)}" + (
+            f", waiting for {', '.join(waiting)}" if waiting else ""
+        )
