@@ -37,8 +37,8 @@ class Receiver:
             self._held.set()
 
     def __repr__(self) -> str:
-        first = ", ".join(repr(body[:20]) for body in self.bodies[:10])
-        return f"<receiver of {len(self.messages)} ({first}{', ...' if len(self.messages) > 10 else ''}), {self.in_work} in work>"
+        first = [body[:20] for body in self.bodies[:10]]
+        return f"<receiver of {len(self.messages)}, the first {first}, {self.in_work} in work>"
 
     @property
     def bodies(self) -> list[bytes]:

@@ -1,0 +1,52 @@
+"""Imports point one way (law 8), and one table says which."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import quintet
+
+ROOT = Path(quintet.__file__).parent
+ABOVE = {"client": "sides", "server": "sides", "__main__": "cli"}  # the files beside the core's that are not of it
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "wire": {"wire", "core"},
+    "core": {"core", "wire"},  # what is in the folders it loads by name
+    "formats": {"core", "wire"},
+    "filters": {"core"},
+    "bindings": {"core", "wire"},
+    "transports": {"core", "wire"},
+    "idls": {"core", "wire"},
+    "sides": {"core", "sides"},
+    "quintet": {"core", "sides"},
+    "testing": {"core", "sides", "testing", "transports"},
+    "dashboard": {"core", "sides", "quintet", "dashboard"},
+    "cli": {"core", "sides", "quintet", "cli", "dashboard", "idls"},
+}
+
+
+def room(parts: list[str]) -> str:
+    """The room of a module of ours, by its name's parts behind "quintet"."""
+    if not parts or parts == ["__init__"]:
+        return "quintet"
+    return parts[0] if parts[0] in MAY_IMPORT else ABOVE.get(parts[0], "core")
+
+
+def imports(file: Path) -> set[str]:
+    """The rooms a file imports; `import quintet.formats as folder`, to look what there is, is no such import."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [a.name for a in node.names if a.name.count(".") > 1] if isinstance(node, ast.Import) else []
+        found |= {room(name.split(".")[1:]) for name in names if name.split(".")[0] == "quintet"}
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_imports_only_what_its_room_may(file: Path) -> None:
+    own = room(list(file.relative_to(ROOT).with_suffix("").parts))
+    wrong = imports(file) - MAY_IMPORT[own]
+    assert not wrong, f"{file.relative_to(ROOT)} imports {', '.join(sorted(wrong))}; {own} may import {MAY_IMPORT[own]}"
