@@ -13,7 +13,7 @@ from msgspec import Struct
 class Exchange(Struct, kw_only=True):
     """One delivery: who sent what to whom, when (wall-clock seconds), and how it ended.
 
-    `outcome` is "done", "declined", or the name of the error that the handler raised.
+    `outcome` is "done", "late" (done when its sender waited no longer), "declined", or the name of the error raised.
     """
 
     started: float

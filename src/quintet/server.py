@@ -443,7 +443,10 @@ class Running:
         async def record(message: Message) -> Message | None:
             started, outcome = self.clock.wall(), "done"
             try:
-                return await handle(message)
+                reply = await handle(message)
+                if message.deadline is not None and self.clock.now() > message.deadline:
+                    outcome = "late"
+                return reply
             except BaseException as error:
                 cause = error.error if isinstance(error, HandlerFailed) else error
                 outcome = "declined" if isinstance(cause, Declined) else type(cause).__name__
