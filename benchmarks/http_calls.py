@@ -1,0 +1,395 @@
+"""Requests per second over HTTP, beside FastAPI with the usual clients and beside the same parsers used bare.
+
+A request is one nested record of seven fields, decoded and encoded on both sides. The server is pinned to one core and
+the client to another; the rounds take turns, and each cell is its best round, so that a busy machine is fair to all.
+"""
+
+# mypy: disable-error-code="empty-body"
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import httptools
+import msgspec
+import uvloop
+from msgspec import Struct
+
+from quintet import Contract, Service, connect, request, serve
+from quintet.message import Channel, Message, new_id
+from quintet.transport import Done, Verdict, open_address
+
+OUTSTANDING = (1, 16, 64)
+ROUNDS = 3
+PEERS = {  # name: server, client
+    "FastAPI on uvicorn + httpx": ("fastapi", "httpx"),
+    "FastAPI on uvicorn + aiohttp": ("fastapi", "aiohttp"),
+    "bare ASGI on uvicorn + pyreqwest": ("asgi", "pyreqwest"),
+    "bare ASGI on uvicorn + bare httptools": ("asgi", "bare"),
+    "bare httptools + bare httptools": ("bare", "bare"),
+    "Quintet's transport alone": ("transport", "transport"),
+    "Quintet": ("quintet", "quintet"),
+}
+BUDGETS = {  # of Quintet, 64 outstanding: at least so many times the peer
+    "FastAPI on uvicorn + aiohttp": 2.5,
+    "FastAPI on uvicorn + httpx": 20.0,
+    "bare ASGI on uvicorn + bare httptools": 0.75,
+}
+
+
+class Place(Struct):
+    lat: float
+    lon: float
+
+
+class Trip(Struct):
+    id: str
+    passenger: str
+    pickup: Place
+    destination: Place
+    seats: int
+    fare: float
+    tags: list[str]
+
+
+class Trips(Contract, name="trips", version="1.0"):
+    @request(http="PUT /trips")
+    async def put(self, trip: Trip) -> Trip: ...
+
+
+TRIP = Trip("t-1", "p-1", Place(52.1, 4.3), Place(52.2, 4.4), 2, 17.5, ["early", "luggage"])
+PATH = "/v1/trips"
+CHANNEL = Channel("trips", route=f"PUT {PATH}")
+encode = msgspec.json.Encoder().encode
+decode = msgspec.json.Decoder(Trip).decode
+
+Stay = AsyncExitStack
+Call = Callable[[], Awaitable[object]]
+
+
+# Servers: each returns once it listens, and stays until the stack is closed.
+
+
+async def serve_fastapi(port: int, _: Stay) -> None:
+    from fastapi import FastAPI
+    from pydantic import create_model
+
+    place = create_model("Place", lat=float, lon=float)
+    fields: Any = {"id": str, "passenger": str, "pickup": place, "destination": place}
+    trip: Any = create_model("Trip", **fields, seats=int, fare=float, tags=list[str])
+    app = FastAPI()
+
+    async def put(body: Any) -> Any:
+        return body
+
+    put.__annotations__ = {"body": trip, "return": trip}
+    app.put(PATH)(put)
+    await _uvicorn(app, port)
+
+
+async def serve_asgi(port: int, _: Stay) -> None:
+    async def app(_: Any, receive: Any, send: Any) -> None:
+        event = await receive()
+        body = event["body"]
+        while event["more_body"]:
+            event = await receive()
+            body += event["body"]
+        body = encode(decode(body))
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    await _uvicorn(app, port)
+
+
+async def _uvicorn(app: Any, port: int) -> None:
+    import uvicorn
+    from uvicorn.server import ServerState
+
+    config = uvicorn.Config(
+        app, port=port, http="httptools", lifespan="off", ws="none", log_config=None, access_log=False
+    )
+    config.load()
+    state = ServerState()
+    loop = asyncio.get_running_loop()
+    protocol: Any = config.http_protocol_class
+    await loop.create_server(lambda: protocol(config, state, {}, loop), "127.0.0.1", port)
+
+
+class BareServer(asyncio.Protocol):
+    def __init__(self) -> None:
+        self.parser = httptools.HttpRequestParser(self)
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.parser.feed_data(data)
+
+    def on_message_begin(self) -> None:
+        self.headers: dict[bytes, bytes] = {}
+        self.body = b""
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name] = value
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
+
+    def on_message_complete(self) -> None:
+        self.task = asyncio.get_running_loop().create_task(self.respond(self.body))
+
+    async def respond(self, body: bytes) -> None:
+        body = encode(decode(body))
+        head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self.transport.write(head + body)
+
+
+async def serve_bare(port: int, _: Stay) -> None:
+    await asyncio.get_running_loop().create_server(BareServer, "127.0.0.1", port)
+
+
+async def serve_transport(port: int, stay: Stay) -> None:
+    transport = open_address(f"http://127.0.0.1:{port}")
+    await transport.open()
+    stay.push_async_callback(transport.close)
+
+    async def receive(message: Message) -> Verdict:
+        body = encode(decode(message.body))
+        return Done(Message(channel=message.channel, body=body, media_type="application/json"))
+
+    await transport.serve(CHANNEL, receive, "trips", 1000)
+    await transport.ready()
+
+
+async def serve_quintet(port: int, stay: Stay) -> None:
+    service = Service(Trips)
+
+    @service.handles(Trips.put)
+    async def put(trip: Trip) -> Trip:
+        return trip
+
+    await stay.enter_async_context(serve(service, at=[f"http://127.0.0.1:{port}"]))
+
+
+# Clients: each returns a function that makes one call.
+
+
+async def call_httpx(port: int, outstanding: int, stay: Stay) -> Call:
+    import httpx
+
+    limits = httpx.Limits(max_connections=outstanding, max_keepalive_connections=outstanding)
+    client = await stay.enter_async_context(httpx.AsyncClient(limits=limits, timeout=5))
+    headers, url = {"content-type": "application/json"}, f"http://127.0.0.1:{port}{PATH}"
+
+    async def call() -> object:
+        return decode((await client.put(url, content=encode(TRIP), headers=headers)).content)
+
+    return call
+
+
+async def call_aiohttp(port: int, outstanding: int, stay: Stay) -> Call:
+    import aiohttp
+
+    connector = aiohttp.TCPConnector(limit=outstanding)
+    client = await stay.enter_async_context(aiohttp.ClientSession(connector=connector))
+    headers, url = {"content-type": "application/json"}, f"http://127.0.0.1:{port}{PATH}"
+
+    async def call() -> object:
+        async with client.put(url, data=encode(TRIP), headers=headers) as response:
+            return decode(await response.read())
+
+    return call
+
+
+async def call_pyreqwest(port: int, outstanding: int, stay: Stay) -> Call:
+    from pyreqwest.client import ClientBuilder
+
+    client = await stay.enter_async_context(ClientBuilder().max_connections(outstanding).build())
+    url = f"http://127.0.0.1:{port}{PATH}"
+
+    async def call() -> object:
+        request = client.put(url).header("content-type", "application/json").body_bytes(encode(TRIP)).build()
+        return decode(bytes(await (await request.send()).bytes()))
+
+    return call
+
+
+class BareClient(asyncio.Protocol):
+    def __init__(self) -> None:
+        self.parser = httptools.HttpResponseParser(self)
+        self.loop = asyncio.get_running_loop()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.parser.feed_data(data)
+
+    def on_message_begin(self) -> None:
+        self.headers: dict[bytes, bytes] = {}
+        self.body = b""
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name] = value
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
+
+    def on_message_complete(self) -> None:
+        self.answer.set_result(self.body)
+
+    def call(self, body: bytes) -> asyncio.Future[bytes]:
+        self.answer: asyncio.Future[bytes] = self.loop.create_future()
+        head = b"PUT /v1/trips HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        self.transport.write(head % len(body) + body)
+        return self.answer
+
+
+async def call_bare(port: int, outstanding: int, stay: Stay) -> Call:
+    loop = asyncio.get_running_loop()
+    pool: deque[BareClient] = deque()
+    for _ in range(outstanding):
+        transport, client = await loop.create_connection(BareClient, "127.0.0.1", port)
+        stay.callback(transport.close)
+        pool.append(client)
+
+    async def call() -> object:
+        client = pool.pop()
+        body = await client.call(encode(TRIP))
+        pool.append(client)
+        return decode(body)
+
+    return call
+
+
+async def call_transport(port: int, _: int, stay: Stay) -> Call:
+    transport = open_address(f"http://127.0.0.1:{port}")
+    await transport.open()
+    stay.push_async_callback(transport.close)
+
+    async def call() -> object:
+        message = Message(
+            channel=CHANNEL,
+            body=encode(TRIP),
+            id=new_id(),
+            operation="put",
+            sender="bench",
+            version="1.0",
+            media_type="application/json",
+            deadline=transport.clock.now() + 1,
+            headers={":method": "PUT", ":path": PATH},
+        )
+        reply = await transport.send(message)
+        return decode(reply.body if reply else b"")
+
+    return call
+
+
+async def call_quintet(port: int, _: int, stay: Stay) -> Call:
+    trips = await stay.enter_async_context(connect(Trips, f"http://127.0.0.1:{port}"))
+
+    async def call() -> object:
+        return await trips.put(TRIP)
+
+    return call
+
+
+# The measurement
+
+
+async def _serve(kind: str, port: int) -> None:
+    async with AsyncExitStack() as stay:
+        await globals()[f"serve_{kind}"](port, stay)
+        print("listening", flush=True)
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+
+async def _call(kind: str, port: int, seconds: float) -> dict[str, int]:
+    rates = {}
+    for outstanding in OUTSTANDING:
+        async with AsyncExitStack() as stay:
+            call: Call = await globals()[f"call_{kind}"](port, outstanding, stay)
+            if await call() != TRIP:
+                raise RuntimeError(f"{kind}: another trip came back")
+            count, end = 0, time.perf_counter() + seconds
+
+            async def caller(call: Call = call, end: float = end) -> None:
+                nonlocal count
+                while time.perf_counter() < end:
+                    await call()
+                    count += 1
+
+            start = time.perf_counter()
+            await asyncio.gather(*(caller() for _ in range(outstanding)))
+            rates[str(outstanding)] = round(count / (time.perf_counter() - start))
+    return rates
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def _measure(server: str, client: str, seconds: float) -> dict[str, int]:
+    port = _free_port()
+    base = [sys.executable, "-m", "benchmarks.http_calls"]
+    serving = subprocess.Popen(
+        [*base, "serve", server, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert serving.stdout is not None
+        if serving.stdout.readline() != "listening\n":
+            raise RuntimeError(f"the server {server!r} did not start")
+        done = subprocess.run(
+            [*base, "call", client, str(port), str(seconds)], stdout=subprocess.PIPE, text=True, check=True
+        )
+        rates: dict[str, int] = json.loads(done.stdout)
+        return rates
+    finally:
+        serving.communicate()
+
+
+def run(seconds: float = 3.0) -> dict[str, object]:
+    """Requests per second by peer and number outstanding, and the ratios of the budgets; `seconds` for each cell."""
+    best: dict[str, dict[str, int]] = {name: dict.fromkeys(map(str, OUTSTANDING), 0) for name in PEERS}
+    for _ in range(ROUNDS):
+        for name, (server, client) in PEERS.items():
+            for outstanding, rate in _measure(server, client, seconds / ROUNDS).items():
+                best[name][outstanding] = max(best[name][outstanding], rate)
+    ours = best["Quintet"]["64"]
+    ratios = {
+        f"x {name}, 64 outstanding": {"ratio": round(ours / best[name]["64"], 2), "budget": budget}
+        for name, budget in BUDGETS.items()
+    }
+    return {"requests per second with 1 / 16 / 64 outstanding": best, "ratios": ratios}
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["serve", kind, port]:
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+            uvloop.run(_serve(kind, int(port)))
+        case ["call", kind, port, seconds]:
+            os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+            print(json.dumps(uvloop.run(_call(kind, int(port), float(seconds)))))
+        case [*seconds]:
+            found: Any = run(*map(float, seconds))
+            for name, rates in found["requests per second with 1 / 16 / 64 outstanding"].items():
+                print(f"{name:40}" + "".join(f"{rate:>10,}" for rate in rates.values()))
+            for name, ratio in found["ratios"].items():
+                print(f"{ratio['ratio']:>8} {name} (budget {ratio['budget']})")
+
+
+if __name__ == "__main__":
+    main()
