@@ -147,8 +147,9 @@ class Carrier(Transport):
             if not await self.database.submit(engine.BEAT, engine.Beat(self.receiver, now + self._lease, now)):
                 await self.database.enrol()
                 await self._join()
-                for serving in self._servings:
-                    await serving.subscribe()
+                held: list[_Serving | _Tail] = [*self._servings, *self._tails]
+                for one in held:
+                    await one.subscribe()
             unsettled, self._unsettled = self._unsettled, []
             for settle in unsettled:
                 self.settle(settle)
@@ -394,30 +395,50 @@ class _Tail:
 
     def __init__(self, carrier: Carrier, pattern: str) -> None:
         self._carrier = carrier
-        self._begun = carrier.database.submit(engine.WATCH, engine.Watch(pattern, carrier.receiver))
-        self._tail = 0
+        self._pattern = pattern
+        self._begun = self._watch()
+        self._topic = ""
         self._seen: deque[Message] = deque()
         self._more = asyncio.Event()
         self._closed = False
 
+    def __repr__(self) -> str:
+        return f"<tail of {self._pattern}{', closed' if self._closed else ''}>"
+
     def __aiter__(self) -> Self:
         return self
+
+    def _watch(self) -> asyncio.Future[int]:
+        carrier = self._carrier
+        return carrier.database.submit(engine.WATCH, engine.Watch(self._pattern, carrier.receiver))
+
+    async def subscribe(self) -> None:
+        """Begins anew, after others found this process dead."""
+        await self._unlisten()
+        self._begun = self._watch()
+        self.wake()
+
+    async def _unlisten(self) -> None:
+        if self._topic:
+            topic, self._topic = self._topic, ""
+            await self._carrier.database.unlisten(topic, self.wake)
 
     def wake(self, _: str = "") -> None:
         self._more.set()
 
     async def __anext__(self) -> Message:
         database = self._carrier.database
-        if not self._tail:
-            self._tail = await asyncio.shield(self._begun)
-            await database.listen(engine.tail_topic(self._tail), self.wake)
-            self._more.set()
         while not self._seen:
+            tail = await asyncio.shield(self._begun)
+            if not self._topic:
+                self._topic = engine.tail_topic(tail)
+                await database.listen(self._topic, self.wake)
+                self._more.set()
             await self._more.wait()
             if self._closed:
                 raise StopAsyncIteration
             self._more.clear()
-            self._seen.extend(await database.submit(engine.LOOK, self._tail))
+            self._seen.extend(await database.submit(engine.LOOK, tail))
         return self._seen.popleft()
 
     async def aclose(self) -> None:
@@ -427,7 +448,5 @@ class _Tail:
         self._carrier.tail_ended(self)
         self._more.set()
         with contextlib.suppress(TransportError):  # the lease ends it
-            tail = await self._begun
-            if self._tail:
-                await self._carrier.database.unlisten(engine.tail_topic(tail), self.wake)
-            await self._carrier.database.submit(engine.UNWATCH, tail)
+            await self._unlisten()
+            await self._carrier.database.submit(engine.UNWATCH, await self._begun)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from msgspec import Struct, msgpack
+from msgspec import DecodeError, Struct, msgpack
 
 from quintet.database import Transaction, one_by_one
 from quintet.errors import ChannelFull
@@ -64,7 +64,7 @@ END;
 SUSPECT = 2
 """A message that was in work at so many crashes is tried alone, so that it takes no innocent ones with it."""
 TAIL_CAPACITY = 100_000  # messages that a tail may be behind
-SUSPECT_PAUSE = 1.0  # seconds until the next suspect may have its turn
+SUSPECT_PAUSE = 0.2  # seconds until the next suspect may have its turn
 
 
 def queue_topic(queue: int) -> str:
@@ -319,6 +319,8 @@ _CLAIM_DELAYED, _CLAIM_WAITING = _CLAIM.format("> 0 AND due <= ?"), _CLAIM.forma
 def claim(transaction: Transaction, claim: Claim) -> Claimed:
     """Takes at most `count` messages: those whose delay is over, which are older, and then those that wait."""
     queue, receiver = claim.queue, claim.receiver
+    if not transaction.execute("SELECT 1 FROM quintet_receiver WHERE id = ?", receiver):
+        return Claimed([], False, None)  # others found it dead: what it took would never come back
     rows = sorted(transaction.execute(_CLAIM_DELAYED, receiver, queue, claim.now, claim.count))
     if len(rows) < claim.count:
         rows += sorted(transaction.execute(_CLAIM_WAITING, receiver, queue, claim.count - len(rows)))
@@ -466,10 +468,17 @@ def dead(transaction: Transaction, channel: str | None) -> list[DeadLetter]:
             reason=reason,
             attempts=attempts,
             died_at=died,
-            message=unpack(message, Channel(name, fanout=bool(fanout)), max(1, attempts)),
+            message=_looked_at(message, Channel(name, fanout=bool(fanout)), max(1, attempts)),
         )
         for number, fanout, name, group, reason, attempts, died, message in transaction.execute(sql, channel)
     ]
+
+
+def _looked_at(packed: bytes, channel: Channel, attempt: int) -> Message:
+    try:
+        return unpack(packed, channel, attempt)
+    except DecodeError:  # it died of that
+        return Message(channel=channel, body=packed, attempt=attempt)
 
 
 class Replay(Struct):
