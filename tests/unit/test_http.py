@@ -533,6 +533,24 @@ def test_an_answer_over_the_callers_limit_is_an_error_that_names_the_option(run:
     run(main())
 
 
+def test_trailers_are_dropped_and_cannot_go_on_for_ever(run: Run) -> None:
+    async def main() -> None:
+        receive = Echo()
+        head = b"POST /v1/echo/a HTTP/1.1\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        async with server(receive) as served:
+            assert (await raw(served, head + b"1\r\na\r\n0\r\nQuintet-Sender: me\r\n\r\n")).endswith(b"a")
+            assert receive.seen[0].sender == ""
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.address.port)
+            writer.write(head + b"0\r\n")
+            await until(lambda: any(c._heads for c in served._server.connections))
+            for _ in range(8):
+                writer.write(b"X-More: " + b"a" * 8000 + b"\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+            writer.close()
+
+    run(main())
+
+
 # Limits of time, moved by hand
 
 
@@ -933,6 +951,7 @@ def test_who_only_calls_does_not_listen(run: Run) -> None:
         ("http:///x", "host"),
         ("http://127.0.0.1?max_body=big", "max_body"),
         ("http://127.0.0.1?nonsense=1", "nonsense"),
+        ("http://127.0.0.1?connections=0", "connections"),
         ("https://127.0.0.1?ca=/nowhere.pem", "nowhere"),
     ],
 )

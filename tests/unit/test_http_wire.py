@@ -300,7 +300,16 @@ def test_the_answer_to_head_has_the_headers_of_get_and_no_body() -> None:
 
 
 @pytest.mark.parametrize(
-    "headers", [{"x": "a\r\nb: c"}, {"x": "\n"}, {"x y": "1"}, {":status": "100"}, {":status": "600"}, {":status": "x"}]
+    "headers",
+    [
+        {"x": "a\r\nb: c"},
+        {"x": "\n"},
+        {"Content-Length": "9"},
+        {"x y": "1"},
+        {":status": "100"},
+        {":status": "600"},
+        {":status": "x"},
+    ],
 )
 def test_nothing_can_be_smuggled_into_a_response(headers: dict[str, str]) -> None:
     with pytest.raises(ValueError):
@@ -370,6 +379,13 @@ def test_a_response_that_is_cut_off_is_none(data: bytes) -> None:
     assert parser.finish() is None
 
 
+def test_chunks_of_one_byte_and_trailers_are_read() -> None:
+    data = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\na\r\n" * 100_000
+    response = parse(data + b"0\r\nX-Trailer: 1\r\n\r\n", max_body=100_000)
+    assert response is not None
+    assert (response.body, "x-trailer" in response.headers) == (b"a" * 100_000, False)
+
+
 def test_the_answer_to_head_ends_with_its_head_and_the_connection_with_it() -> None:
     response = parse(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n", "HEAD")
     assert response is not None
@@ -395,6 +411,7 @@ def test_what_follows_a_whole_response_ends_the_connection_and_not_the_answer() 
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: " + b"a" * 70_000,
     ],
 )
 def test_what_is_no_response_is_malformed(data: bytes) -> None:

@@ -34,6 +34,7 @@ from quintet.errors import (
 from quintet.message import Channel, Message
 from quintet.transport import Address, Done, Receive, Serving, Trait, Transport, Verdict, parse_address
 from quintet.wire.http import (
+    SPARSE,
     MalformedHTTP,
     NotRouted,
     Response,
@@ -72,6 +73,9 @@ class Carrier(Transport):
             raise AddressError(f"{address}: write a host, as {address.scheme}://127.0.0.1:8001")
         self.secure = address.scheme == "https"
         self.prefix = quote(address.path.rstrip("/"))
+        for name in self.options - {"ca", "cert", "key"}:
+            if not address.option(name, 1.0) > 0:
+                raise AddressError(f"{address}: option {name} must be more than 0")
         self.max_body = int(address.option("max_body", MAX_BODY))
         self._pool = _Pool(self)
         self._server = _Server(self)
@@ -327,6 +331,11 @@ class _Route:
     def __repr__(self) -> str:
         return f"<serving {self.route}: {self._workers!r}>"
 
+    @property
+    def takes(self) -> bool:
+        """While the whole server drains, what is half read still comes in."""
+        return not self.stopping or (self._server.draining and not self._workers.stopped)
+
     def put(self, message: Message, connection: _Connection) -> None:
         self._waiting.append((message, connection))
         self._unsettled += 1
@@ -467,7 +476,7 @@ class _Server:
         except NotRouted as no:
             self._unrouted(connection, method, path, no)
             return
-        if route.stopping and not self.draining:
+        if not route.takes:
             connection.refuse(Unavailable(f"{path!r} is being stopped here; the request was not begun"))
             return
         headers[":method"] = method
@@ -531,10 +540,12 @@ class _Server:
         for connection in list(self.connections):
             connection.drain()
         grace = self.clock.call_at(self.clock.now() + GRACE, self._end_grace)
-        while self.connections:
-            self._emptied.clear()
-            await self._emptied.wait()
-        grace.cancel()
+        try:
+            while self.connections:
+                self._emptied.clear()
+                await self._emptied.wait()
+        finally:
+            grace.cancel()
 
     def _end_grace(self) -> None:
         now = self.clock.now()
@@ -575,7 +586,7 @@ class _Connection(asyncio.Protocol):
         self._url = b""
         self._headers: dict[str, str] = {}
         self._chunks: list[bytes] = []
-        self._size = 0
+        self._size = self._fed = 0  # of its body, and of all that came behind its head
         # the request that is being answered, and the whole ones behind it
         self._busy = self._keep_alive = self._head_only = False
         self._pending: deque[_Request] = deque()
@@ -616,7 +627,12 @@ class _Connection(asyncio.Protocol):
             data = data[room:]
         if self._in_head:
             self._head_size += len(data)
-        self._feed(data)
+            self._feed(data)
+        else:
+            self._fed += len(data)
+            self._feed(data)
+            if not self._in_head and self._fed > MAX_HEAD + SPARSE * self._size:
+                self._hang_up(TooLarge(f"there are more than {MAX_HEAD} bytes around the body"), 400)
 
     def _feed(self, data: bytes) -> None:
         try:
@@ -635,11 +651,12 @@ class _Connection(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        add_header(self._headers, name, value)
+        if self._in_head:  # trailers are nobody's
+            add_header(self._headers, name, value)
 
     def on_headers_complete(self) -> None:
         self._heads += 1
-        self._in_head = False
+        self._in_head, self._fed = False, 0
         expected = "expect" in self._headers
         if expected or "content-length" in self._headers:
             size, limit = int(self._headers.get("content-length", 0)), self._server.max_body

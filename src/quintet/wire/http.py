@@ -5,7 +5,7 @@ What a binding finds in `Message.headers` of a request beside the client's own h
 | pseudo header  | value                                                                            |
 |----------------|----------------------------------------------------------------------------------|
 | `:method`      | as sent; a `HEAD` reaches the route of `GET`, its body is dropped by the server  |
-| `:path`        | as sent: percent-encoded, with the raw query string behind `?`                   |
+| `:path`        | as sent: percent-encoded, with the address's path and the raw query string       |
 | `:param-NAME`  | what stands in the path for `{NAME}`, percent-decoded, never empty               |
 
 A request without `:method` and `:path` goes to its channel's route, and where that is empty to `POST /NAME-OF-CHANNEL`.
@@ -51,6 +51,8 @@ FIELDS: Final = {
 
 TIMEOUT: Final = "quintet-timeout"  # the remaining milliseconds until `deadline`
 ATTEMPT: Final = "quintet-attempt"
+
+SPARSE: Final = 8  # bytes that may come for each byte of a body: chunks of one byte take six
 
 FRAMING: Final = frozenset(
     {"connection", "content-length", "content-type", "expect", "host", "keep-alive", "te", "trailer"}
@@ -245,18 +247,30 @@ def request_bytes(message: Message, host: str, prefix: str, now: float) -> bytes
         lines.append(f"{TIMEOUT}: {max(0, int((message.deadline - now) * 1000))}")
     if message.attempt != 1:
         lines.append(f"{ATTEMPT}: {message.attempt}")
+    if " " in path or not path.isascii():
+        raise InvalidMessage(f"the path {path!r} must be percent-encoded")
+    try:
+        _add_own(lines, headers)
+        return _head(lines, len(lines) + 1) + body
+    except ValueError as error:
+        raise InvalidMessage(f"{message!r}: {error}") from None
+
+
+def _add_own(lines: list[str], headers: dict[str, str]) -> None:
+    """The sender's own headers. What framed an earlier journey is left out, where it is in lower case as we read it."""
     for name, value in headers.items():
         if name[0] != ":" and name not in _OURS:
             if name not in _KNOWN_NAMES and (not _TOKEN.fullmatch(name) or name.lower() in _OURS):
-                raise InvalidMessage(f"header {name!r} cannot stand in HTTP: its name is malformed or reserved")
+                raise ValueError(f"the header {name!r} cannot stand in HTTP: its name is malformed or reserved")
             lines.append(f"{name}: {value}")
-    if " " in path or not path.isascii():
-        raise InvalidMessage(f"the path {path!r} must be percent-encoded")
+
+
+def _head(lines: list[str], count: int) -> bytes:
+    """The lines as a head of `count` lines: one look at the whole shows every line break that came in by a value."""
     head = "\r\n".join(lines)
-    # one pass over the whole head instead of one per value: a smuggled line end shows in the count
-    if head.count("\n") != len(lines) or head.count("\r") != len(lines) or "\0" in head:
-        raise InvalidMessage(f"{message!r}: a header holds a line break, which cannot stand in HTTP")
-    return f"{head}\r\n\r\n".encode() + body
+    if head.count("\n") != count - 1 or head.count("\r") != count - 1 or "\0" in head:
+        raise ValueError("a header holds a line break, which cannot stand in HTTP")
+    return f"{head}\r\n\r\n".encode()
 
 
 _BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
@@ -347,11 +361,7 @@ def response_bytes(reply: Message | None, date: str, close: bool, head_only: boo
         value = getattr(reply, field)
         if value:
             lines.append(f"{name}: {value}")
-    for name, value in headers.items():
-        if name[0] != ":" and name not in _OURS:
-            if name not in _KNOWN_NAMES and not _TOKEN.fullmatch(name):
-                raise ValueError(f"the reply's header {name!r} cannot stand in HTTP: its name is malformed")
-            lines.append(f"{name}: {value}")
+    _add_own(lines, headers)
     return _response(status, lines, reply.body, date, close, head_only)
 
 
@@ -381,10 +391,8 @@ def _response(status: int, lines: list[str], body: bytes, date: str, close: bool
     lines.append(f"date: {date}")
     if close:
         lines.append("connection: close")
-    head = "\r\n".join([_STATUS_LINES.get(status) or f"HTTP/1.1 {status} ", *lines])
-    if head.count("\n") != len(lines) or head.count("\r") != len(lines) or "\0" in head:
-        raise ValueError("a header of the reply holds a line break, which cannot stand in HTTP")
-    return f"{head}\r\n\r\n".encode() + body
+    lines.insert(0, _STATUS_LINES.get(status) or f"HTTP/1.1 {status} ")
+    return _head(lines, len(lines)) + body
 
 
 def read_response(response: Response, request: Message) -> Message:
@@ -435,8 +443,7 @@ class ResponseParser:
 
     def feed(self, data: bytes) -> Response | None:
         """The response, once its last byte has come."""
-        if self._in_head:
-            self._fed += len(data)
+        self._fed += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -448,8 +455,8 @@ class ResponseParser:
                 raise error.__context__ from None
             else:
                 raise MalformedHTTP(str(error) or "it is malformed") from None
-        if self._in_head and self._fed > self.max_head:
-            raise MalformedHTTP(f"the head is larger than {self.max_head} bytes")
+        if self._fed > self.max_head + SPARSE * self._size:
+            raise MalformedHTTP(f"there are more than {self.max_head} bytes around the body")
         response, self._response = self._response, None
         return response
 
@@ -466,7 +473,8 @@ class ResponseParser:
         self._body: list[bytes] = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        add_header(self._headers, name, value)
+        if self._in_head:  # trailers are nobody's
+            add_header(self._headers, name, value)
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
