@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -464,6 +465,28 @@ def test_a_client_that_closes_its_half_still_gets_its_answer(run: Run) -> None:
                 await asyncio.sleep(0)
             receive.let_go.set()
             assert (await answering).endswith(b"abc")
+
+    run(main())
+
+
+def test_arbitrary_bytes_break_nothing(run: Run) -> None:
+    async def main() -> None:
+        told: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        chance = Random(1)
+        good = request(body=b"abc") + (
+            b"POST /v1/echo/a HTTP/1.1\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n1\r\na\r\n0\r\n\r\n"
+        )
+        async with server(Echo()) as served, client(served.address) as here:
+            for _ in range(200):
+                data = bytearray(good)
+                for _ in range(chance.randrange(1, 6)):
+                    at = chance.randrange(len(data))
+                    data[at : at + chance.randrange(4)] = chance.randbytes(chance.randrange(4))
+                await raw(served, bytes(data), end=True)
+            assert await here.send(echo())
+            await until(lambda: len(served._server.connections) == 1)
+        assert told == []
 
     run(main())
 
