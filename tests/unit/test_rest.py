@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -34,7 +35,7 @@ from quintet.errors import (
     UnsupportedMediaType,
 )
 from quintet.message import Message
-from quintet.wire.http import NotRouted, Response, Router, read_response
+from quintet.wire.http import ATTEMPT, FIELDS, TIMEOUT, NotRouted, Response, Router, read_response
 
 HAL, JSON, MSGPACK, PROBLEM = (f"application/{name}" for name in ("hal+json", "json", "msgpack", "problem+json"))
 
@@ -666,6 +667,14 @@ def test_a_fault_that_does_not_fit_says_so() -> None:
     failure = bound("get").failure(reply)
     assert isinstance(failure, InvalidMessage)
     assert failure.path == "km"
+
+
+def test_the_page_on_http_names_every_failure_and_every_header() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+    rows = {line[2:5]: line for line in page.splitlines() if line.startswith("| ")}
+    missing = [kind.__name__ for kind in BY_CODE.values() if f"`{kind.__name__}`" not in rows[str(kind.http_status)]]
+    missing += [name for name in (*FIELDS.values(), TIMEOUT, ATTEMPT) if f"| `{name.title()}` |" not in page]
+    assert not missing
 
 
 # --- notifications and pending answers
