@@ -28,7 +28,7 @@ class Workers(Generic[T]):
         self._work = work
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle: list[asyncio.Future[None]] = []
-        self._waking = False  # a worker is about to look: whatever is there by then it will see
+        self.waking = False  # a worker is about to look: whatever is there by then it will see
         self._stopped = False
         self._context = contextvars.copy_context()
 
@@ -46,7 +46,7 @@ class Workers(Generic[T]):
 
     def wake(self) -> bool:
         """Has one more worker look for a delivery. False where all are busy: each looks again when it is done."""
-        if self._waking:
+        if self.waking:
             return True
         if self._stopped or self.busy >= self.limit:
             return False
@@ -54,14 +54,14 @@ class Workers(Generic[T]):
             idle = self._idle.pop()
             if not idle.done():  # a worker that was cancelled while idle has left its future behind
                 idle.set_result(None)
-                self._waking = True
+                self.waking = True
                 return True
         if len(self._tasks) >= self.limit:
             return False
         task = asyncio.get_running_loop().create_task(self._run(), context=self._context.copy())
         self._tasks.add(task)
         task.add_done_callback(self._ended)
-        self._waking = True
+        self.waking = True
         return True
 
     async def _run(self) -> None:
@@ -69,7 +69,7 @@ class Workers(Generic[T]):
         loop = asyncio.get_running_loop()
         burst = 0
         while True:
-            self._waking = False
+            self.waking = False
             while not self._stopped and (delivery := take()) is not None:
                 self.busy += 1
                 try:
@@ -93,7 +93,7 @@ class Workers(Generic[T]):
             context = {"message": f"{self!r} could not settle a delivery", "exception": error, "task": task}
             task.get_loop().call_exception_handler(context)
         if not self._stopped:  # it was cancelled or failed: another takes its place
-            self._waking = False
+            self.waking = False
             self.wake()
 
     async def drain(self) -> None:

@@ -26,11 +26,11 @@ broken = load("broken")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
-def test_a_check_catches_the_transport_that_was_broken_for_it(check: Check) -> None:
+async def test_a_check_catches_the_transport_that_was_broken_for_it(check: Check) -> None:
     kind = broken.BROKEN[check.name]
     assert not check.missing(kind), f"{kind.__name__} would be excused from the check that should catch it"
     with pytest.raises(AssertionError) as caught:
-        asyncio.run(check.run(Bench("memory://", FakeClock(), broken.opener(kind))))
+        await check.run(Bench("memory://", FakeClock(), broken.opener(kind)))
     message = str(caught.value)
     assert len(message) > 20, f"a failure must say what went wrong, not {message!r}"
     assert "not over after" not in message, f"the check only noticed by hanging: {message}"
@@ -48,11 +48,11 @@ def test_a_skip_names_what_is_missing() -> None:
     assert set(excused.values()) == {"DURABLE", "REPLIES"}
 
 
-def test_a_check_that_hangs_is_ended_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_check_that_hangs_is_ended_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     async def hang(_: Bench) -> None:
         await asyncio.Event().wait()
 
     monkeypatch.setattr("quintet.testing.checks.SECONDS", 0.01)
     check = Check("nothing hangs", frozenset(), False, "", hang)
     with pytest.raises(AssertionError, match="nothing hangs: not over after"):
-        asyncio.run(check.run(Bench("memory://", FakeClock())))
+        await check.run(Bench("memory://", FakeClock()))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import importlib
 import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from quintet.testing import CHECKS, Bench, Check, FakeClock
+from quintet.testing import CHECKS, Bench, Check, FakeClock, skips
 from quintet.transport import Transport, carrier, parse_address, schemes
 
 
@@ -30,6 +28,14 @@ BENCHES: dict[str, Callable[[Path], Bench]] = {
 SUBJECTS = sorted(BENCHES.keys() & set(schemes())) + [
     f"memory://?like={scheme}" for scheme in sorted((BENCHES.keys() & set(schemes())) - {"memory"})
 ]
+
+
+EXCUSES: dict[str, set[str]] = {
+    "memory": {"REPLIES", "DURABLE"},
+    "sqlite": {"REPLIES"},
+    "http": {"FANOUT", "DURABLE", "REDELIVERS", "DELAYS", "ORDERED", "Inspectable", "?capacity="},
+}
+"""What each transport may lack: the reviewed list. Whoever adds to it excuses a transport from part of the rules."""
 
 
 def bench_for(subject: str, folder: Path) -> Bench:
@@ -52,18 +58,14 @@ def test_every_transport_is_checked_here_or_with_its_broker() -> None:
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 @pytest.mark.parametrize("subject", SUBJECTS)
-def test_transport(subject: str, check: Check, tmp_path: Path) -> None:
+async def test_transport(subject: str, check: Check, tmp_path: Path) -> None:
     missing = check.missing(transport_of(subject))
     if missing:
         pytest.skip(f"{subject} lacks {missing}")
-
-    async def main() -> None:
-        await check.run(bench_for(subject, tmp_path))
-
-    asyncio.run(main())
+    await check.run(bench_for(subject, tmp_path))
 
 
-def test_the_modules_of_all_transports_say_in_one_sentence_what_they_are() -> None:
-    for scheme in schemes():
-        module = importlib.import_module(f"quintet.transports.{scheme}")
-        assert module.__doc__, f"transports/{scheme}.py needs a docstring"
+@pytest.mark.parametrize("scheme", sorted(EXCUSES.keys() & set(schemes())))
+def test_a_transport_is_excused_only_for_what_was_reviewed(scheme: str) -> None:
+    excuses = {missing for sentence in skips(transport_of(scheme)).values() for missing in sentence.split(", ")}
+    assert excuses == EXCUSES[scheme]

@@ -70,150 +70,122 @@ class World:
                 raise self.failures.pop(0)
 
 
-def test_a_test_sees_what_was_sent_and_waits_for_what_was_handled() -> None:
-    async def main() -> None:
-        world = World()
-        async with harness(world.trips, world.dispatch) as bench:
-            trips = bench.connect(Trips)
-            assert await trips.create("Bern") == Trip("t-Bern", "Bern")
-            assert [record.trip for record in await bench.handled(Trips.created, by="dispatch")] == [
-                Trip("t-Bern", "Bern")
-            ]
-            assert [record.trip.id for record in bench.sent(Trips.created)] == ["t-Bern"]
-            assert bench.messages(Trips.created)[0].key == "t-Bern"
-            assert bench.messages(Trips.create)[0].sender == "test"
-            await trips.pickup("t-1")
-            await bench.handled(Trips.pickup)
-            assert world.picked_up == ["t-1"]
-            with pytest.raises(NoSuchTrip):
-                await trips.get("t-2")
-        assert world.trips.answers != "memory://"  # it is the service of production again
-        assert len(asyncio.all_tasks()) == 1
-
-    asyncio.run(main())
+async def test_a_test_sees_what_was_sent_and_waits_for_what_was_handled() -> None:
+    world = World()
+    async with harness(world.trips, world.dispatch) as bench:
+        trips = bench.connect(Trips)
+        assert await trips.create("Bern") == Trip("t-Bern", "Bern")
+        assert [record.trip for record in await bench.handled(Trips.created, by="dispatch")] == [Trip("t-Bern", "Bern")]
+        assert [record.trip.id for record in bench.sent(Trips.created)] == ["t-Bern"]
+        assert bench.messages(Trips.created)[0].key == "t-Bern"
+        assert bench.messages(Trips.create)[0].sender == "test"
+        await trips.pickup("t-1")
+        await bench.handled(Trips.pickup)
+        assert world.picked_up == ["t-1"]
+        with pytest.raises(NoSuchTrip):
+            await trips.get("t-2")
+    assert world.trips.answers != "memory://"  # it is the service of production again
+    assert len(asyncio.all_tasks()) == 1
 
 
-def test_a_failing_handler_is_tried_again_as_the_fake_clock_moves_on(caplog: pytest.LogCaptureFixture) -> None:
-    async def main() -> None:
-        world = World(RuntimeError("no car"))
-        async with harness(world.trips, world.dispatch, clock=FakeClock()) as bench:
-            await bench.connect(Trips).create("Bern")
-            await bench.advance(0.5)
-            assert world.heard == [("t-Bern", 1)]
-            await bench.advance(2.0)
+async def test_a_failing_handler_is_tried_again_as_the_fake_clock_moves_on(caplog: pytest.LogCaptureFixture) -> None:
+    world = World(RuntimeError("no car"))
+    async with harness(world.trips, world.dispatch, clock=FakeClock()) as bench:
+        await bench.connect(Trips).create("Bern")
+        await bench.advance(0.5)
+        assert world.heard == [("t-Bern", 1)]
+        await bench.advance(2.0)
+        await bench.handled(Trips.created, by="dispatch")
+        assert world.heard == [("t-Bern", 1), ("t-Bern", 2)]
+
+
+async def test_a_delivery_that_dies_is_reported_at_once_with_its_reason() -> None:
+    world = World(*[RuntimeError("no car")] * 3)
+    async with harness(world.trips, world.dispatch, clock=FakeClock()) as bench:
+        await bench.connect(Trips).create("Bern")
+        await bench.advance(10.0)
+        with pytest.raises(AssertionError, match=r"created was handled 0 of 1 times by dispatch; .* died: .*no car"):
             await bench.handled(Trips.created, by="dispatch")
-            assert world.heard == [("t-Bern", 1), ("t-Bern", 2)]
-
-    asyncio.run(main())
+        assert [letter.group for letter in await bench.dead()] == ["dispatch"]
 
 
-def test_a_delivery_that_dies_is_reported_at_once_with_its_reason() -> None:
-    async def main() -> None:
-        world = World(*[RuntimeError("no car")] * 3)
-        async with harness(world.trips, world.dispatch, clock=FakeClock()) as bench:
-            await bench.connect(Trips).create("Bern")
-            await bench.advance(10.0)
-            with pytest.raises(
-                AssertionError, match=r"created was handled 0 of 1 times by dispatch; .* died: .*no car"
-            ):
-                await bench.handled(Trips.created, by="dispatch")
-            assert [letter.group for letter in await bench.dead()] == ["dispatch"]
-
-    asyncio.run(main())
-
-
-def test_what_was_never_sent_is_named_with_what_was(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_was_never_sent_is_named_with_what_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["quintet.testing.harness"], "WITHIN", 0.01)
 
-    async def main() -> None:
-        world = World()
-        async with harness(world.trips, world.dispatch) as bench:
-            with pytest.raises(AssertionError, match=r"sent 0 times; what was sent is nothing at all"):
-                await bench.handled(Trips.created)
-            await bench.connect(Trips).pickup("t-1")
-            with pytest.raises(AssertionError, match=r"sent 0 times; what was sent is trips.pickup"):
-                await bench.handled(Trips.created)
-            with pytest.raises(TypeError, match="FakeClock"):
-                await bench.advance(1)
-
-    asyncio.run(main())
+    world = World()
+    async with harness(world.trips, world.dispatch) as bench:
+        with pytest.raises(AssertionError, match=r"sent 0 times; what was sent is nothing at all"):
+            await bench.handled(Trips.created)
+        await bench.connect(Trips).pickup("t-1")
+        with pytest.raises(AssertionError, match=r"sent 0 times; what was sent is trips.pickup"):
+            await bench.handled(Trips.created)
+        with pytest.raises(TypeError, match="FakeClock"):
+            await bench.advance(1)
 
 
-def test_a_survey_ends_as_the_fake_clock_passes_its_time() -> None:
-    async def main() -> None:
-        world, quick, mute = World(), Service(name="quick"), Service(name="mute")
+async def test_a_survey_ends_as_the_fake_clock_passes_its_time() -> None:
+    world, quick, mute = World(), Service(name="quick"), Service(name="mute")
 
-        @quick.handles(Trips.offers)
-        async def offer(trip: Trip) -> str:
-            return f"{trip.id}: 3 minutes"
+    @quick.handles(Trips.offers)
+    async def offer(trip: Trip) -> str:
+        return f"{trip.id}: 3 minutes"
 
-        @mute.handles(Trips.offers)
-        async def none(trip: Trip) -> str:
-            await asyncio.Event().wait()
-            return ""
+    @mute.handles(Trips.offers)
+    async def none(trip: Trip) -> str:
+        await asyncio.Event().wait()
+        return ""
 
-        async with harness(world.trips, quick, mute, clock=FakeClock()) as bench:
-            answers: list[tuple[str, str]] = []
+    async with harness(world.trips, quick, mute, clock=FakeClock()) as bench:
+        answers: list[tuple[str, str]] = []
 
-            async def ask() -> None:
-                async with world.trips.ask(Trips.offers, Trip("t-1")).within(2.0) as offers:
-                    answers.extend([(answer.sender, answer.value) async for answer in offers])
+        async def ask() -> None:
+            async with world.trips.ask(Trips.offers, Trip("t-1")).within(2.0) as offers:
+                answers.extend([(answer.sender, answer.value) async for answer in offers])
 
-            asking = asyncio.create_task(ask())
-            await bench.advance(1.9)
-            assert not asking.done()
-            await bench.advance(0.2)
-            await asking
-            assert answers == [("quick", "t-1: 3 minutes")]
-
-    asyncio.run(main())
+        asking = asyncio.create_task(ask())
+        await bench.advance(1.9)
+        assert not asking.done()
+        await bench.advance(0.2)
+        await asking
+        assert answers == [("quick", "t-1: 3 minutes")]
 
 
-def test_a_time_out_is_reached_by_moving_the_clock() -> None:
-    async def main() -> None:
-        world = World()
-        async with harness(world.trips, clock=FakeClock()) as bench:
-            call = asyncio.create_task(bench.connect(Trips, policy=Policy(timeout=30)).get("slow"))
-            await bench.advance(29)
-            assert not call.done()
-            await bench.advance(2)
-            with pytest.raises(DeadlineExceeded):
-                await call
-
-    asyncio.run(main())
+async def test_a_time_out_is_reached_by_moving_the_clock() -> None:
+    world = World()
+    async with harness(world.trips, clock=FakeClock()) as bench:
+        call = asyncio.create_task(bench.connect(Trips, policy=Policy(timeout=30)).get("slow"))
+        await bench.advance(29)
+        assert not call.done()
+        await bench.advance(2)
+        with pytest.raises(DeadlineExceeded):
+            await call
 
 
-def test_two_replies_to_one_request_and_replies_that_overtake_are_sorted_out() -> None:
-    async def main() -> None:
-        world, clock, made = World(), FakeClock(), list[FaultyTransport]()
+async def test_two_replies_to_one_request_and_replies_that_overtake_are_sorted_out() -> None:
+    world, clock, made = World(), FakeClock(), list[FaultyTransport]()
 
-        def wrap(transport: object, **faults: object) -> FaultyTransport:
-            made.append(FaultyTransport(transport, **faults))  # type: ignore[arg-type]
-            return made[0]
+    def wrap(transport: object, **faults: object) -> FaultyTransport:
+        made.append(FaultyTransport(transport, **faults))  # type: ignore[arg-type]
+        return made[0]
 
-        faults = partial(wrap, seed=3, duplicate=0.5, delay=0.2, only=FaultyTransport.replies)
-        async with harness(world.trips, clock=clock, wrap=faults) as bench:
-            trips = bench.connect(Trips)
-            calls = [asyncio.create_task(trips.create(f"city-{number}")) for number in range(30)]
-            await bench.advance(0.5)
-            assert [(await call).city for call in calls] == [f"city-{number}" for number in range(30)]
-            assert 5 < len(made[0].hits) < 25
-            assert {what for what, _ in made[0].hits} == {"duplicated"}
-
-    asyncio.run(main())
+    faults = partial(wrap, seed=3, duplicate=0.5, delay=0.2, only=FaultyTransport.replies)
+    async with harness(world.trips, clock=clock, wrap=faults) as bench:
+        trips = bench.connect(Trips)
+        calls = [asyncio.create_task(trips.create(f"city-{number}")) for number in range(30)]
+        await bench.advance(0.5)
+        assert [(await call).city for call in calls] == [f"city-{number}" for number in range(30)]
+        assert 5 < len(made[0].hits) < 25
+        assert {what for what, _ in made[0].hits} == {"duplicated"}
 
 
-def test_a_reply_that_is_lost_becomes_a_time_out_and_not_a_hang() -> None:
-    async def main() -> None:
-        world = World()
-        wrap = partial(FaultyTransport, drop=1.0, only=FaultyTransport.replies)
-        async with harness(world.trips, clock=FakeClock(), wrap=wrap) as bench:
-            call = asyncio.create_task(bench.connect(Trips).create("Bern"))
-            await bench.advance(1.1)
-            with pytest.raises(DeadlineExceeded):
-                await call
-
-    asyncio.run(main())
+async def test_a_reply_that_is_lost_becomes_a_time_out_and_not_a_hang() -> None:
+    world = World()
+    wrap = partial(FaultyTransport, drop=1.0, only=FaultyTransport.replies)
+    async with harness(world.trips, clock=FakeClock(), wrap=wrap) as bench:
+        call = asyncio.create_task(bench.connect(Trips).create("Bern"))
+        await bench.advance(1.1)
+        with pytest.raises(DeadlineExceeded):
+            await call
 
 
 def test_the_same_seed_hits_the_same_messages() -> None:

@@ -57,121 +57,97 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def test_no_more_than_the_limit_are_in_work_and_the_rest_follow() -> None:
-    async def main() -> None:
-        line = Line(3, gated=True)
-        line.put(*range(10))
-        await settle()
-        assert (line.peak, line.workers.busy, line.workers.free) == (3, 3, 0)
-        line.gate.set()
-        await line.workers.drain()
-        assert sorted(line.done) == [0, 1, 2]  # a drain takes no more
-        assert list(line.waiting) == list(range(3, 10))
-
-    asyncio.run(main())
+async def test_no_more_than_the_limit_are_in_work_and_the_rest_follow() -> None:
+    line = Line(3, gated=True)
+    line.put(*range(10))
+    await settle()
+    assert (line.peak, line.workers.busy, line.workers.free) == (3, 3, 0)
+    line.gate.set()
+    await line.workers.drain()
+    assert sorted(line.done) == [0, 1, 2]  # a drain takes no more
+    assert list(line.waiting) == list(range(3, 10))
 
 
-def test_what_never_waits_is_done_by_one_or_two_workers() -> None:
-    async def main() -> None:
-        line = Line(100)
-        line.put(*range(50))
-        await settle()
-        assert line.done == list(range(50))
-        assert len(line.tasks) == 1
-        line.put(50)
-        await settle()
-        assert line.done[-1] == 50
-        await line.workers.drain()
-        assert len(asyncio.all_tasks()) == 1
-
-    asyncio.run(main())
+async def test_what_never_waits_is_done_by_one_or_two_workers() -> None:
+    line = Line(100)
+    line.put(*range(50))
+    await settle()
+    assert line.done == list(range(50))
+    assert len(line.tasks) == 1
+    line.put(50)
+    await settle()
+    assert line.done[-1] == 50
+    await line.workers.drain()
+    assert len(asyncio.all_tasks()) == 1
 
 
-def test_a_long_burst_lets_the_loop_have_its_turn() -> None:
-    async def main() -> None:
-        line = Line(1)
-        line.put(*range(1000))
+async def test_a_long_burst_lets_the_loop_have_its_turn() -> None:
+    line = Line(1)
+    line.put(*range(1000))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert 0 < len(line.done) < 1000
+    while line.waiting:
         await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert 0 < len(line.done) < 1000
-        while line.waiting:
-            await asyncio.sleep(0)
-        await line.workers.drain()
-        assert line.done == list(range(1000))
-
-    asyncio.run(main())
+    await line.workers.drain()
+    assert line.done == list(range(1000))
 
 
-def test_a_worker_that_fails_is_replaced_and_reported() -> None:
-    async def main() -> None:
-        reported: list[str] = []
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(str(context["exception"])))
-        line = Line(1)
-        line.put(-1, 2)
-        await settle()
-        assert line.done == [2]
-        assert reported == ["no work with -1"]
-        await line.workers.drain()
-
-    asyncio.run(main())
+async def test_a_worker_that_fails_is_replaced_and_reported() -> None:
+    reported: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(str(context["exception"])))
+    line = Line(1)
+    line.put(-1, 2)
+    await settle()
+    assert line.done == [2]
+    assert reported == ["no work with -1"]
+    await line.workers.drain()
 
 
-def test_cancelling_the_drain_cancels_the_work() -> None:
-    async def main() -> None:
-        line = Line(2, gated=True)
-        line.put(1, 2)
-        await settle()
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(line.workers.drain(), 0.01)
-        assert sorted(line.cancelled) == [1, 2]
-        assert line.workers.busy == 0
-
-    asyncio.run(main())
+async def test_cancelling_the_drain_cancels_the_work() -> None:
+    line = Line(2, gated=True)
+    line.put(1, 2)
+    await settle()
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(line.workers.drain(), 0.01)
+    assert sorted(line.cancelled) == [1, 2]
+    assert line.workers.busy == 0
 
 
-def test_cancel_ends_all_and_nothing_is_taken_after() -> None:
-    async def main() -> None:
-        line = Line(2, gated=True)
-        line.put(1, 2, 3)
-        await settle()
-        await line.workers.cancel()
-        line.put(4)
-        await settle()
-        assert sorted(line.cancelled) == [1, 2]
-        assert list(line.waiting) == [3, 4]
-
-    asyncio.run(main())
+async def test_cancel_ends_all_and_nothing_is_taken_after() -> None:
+    line = Line(2, gated=True)
+    line.put(1, 2, 3)
+    await settle()
+    await line.workers.cancel()
+    line.put(4)
+    await settle()
+    assert sorted(line.cancelled) == [1, 2]
+    assert list(line.waiting) == [3, 4]
 
 
-def test_a_handler_may_drain_its_own_workers() -> None:
-    async def main() -> None:
-        items = deque([1])
-        ended = asyncio.Event()
+async def test_a_handler_may_drain_its_own_workers() -> None:
+    items = deque([1])
+    ended = asyncio.Event()
 
-        async def work(_: int) -> None:
-            await workers.drain()
-            ended.set()
-
-        workers = Workers(lambda: items.popleft() if items else None, work, 1)
-        workers.wake()
-        await asyncio.wait_for(ended.wait(), 5)
-
-    asyncio.run(main())
-
-
-def test_context_variables_of_a_sender_do_not_reach_a_worker() -> None:
-    async def main() -> None:
-        variable = contextvars.ContextVar("variable", default="start")
-        items, seen = deque([1]), list[str]()
-
-        async def work(_: int) -> None:
-            seen.append(variable.get())
-
-        workers = Workers(lambda: items.popleft() if items else None, work, 1)
-        variable.set("sender")
-        workers.wake()
-        await settle()
-        assert seen == ["start"]
+    async def work(_: int) -> None:
         await workers.drain()
+        ended.set()
 
-    asyncio.run(main())
+    workers = Workers(lambda: items.popleft() if items else None, work, 1)
+    workers.wake()
+    await asyncio.wait_for(ended.wait(), 5)
+
+
+async def test_context_variables_of_a_sender_do_not_reach_a_worker() -> None:
+    variable = contextvars.ContextVar("variable", default="start")
+    items, seen = deque([1]), list[str]()
+
+    async def work(_: int) -> None:
+        seen.append(variable.get())
+
+    workers = Workers(lambda: items.popleft() if items else None, work, 1)
+    variable.set("sender")
+    workers.wake()
+    await settle()
+    assert seen == ["start"]
+    await workers.drain()

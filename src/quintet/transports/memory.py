@@ -11,6 +11,7 @@ import asyncio
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import ClassVar, Self
 
 from msgspec import Struct, structs
@@ -90,17 +91,19 @@ class _Group:
 
     def wake(self) -> None:
         """Has one receiver look, each in its turn."""
-        for _ in range(len(self.servings)):
-            serving = self.servings[0]
-            self.servings.rotate(-1)
-            if serving.workers.wake():
+        servings = self.servings
+        for _ in range(len(servings)):
+            workers = servings[0].workers
+            if len(servings) > 1:
+                servings.rotate(-1)
+            if workers.waking or workers.wake():
                 return
 
-    def take(self, now: float) -> _Entry | None:
+    def take(self, now: Callable[[], float]) -> _Entry | None:
         while self.waiting:
             entry = self.waiting.popleft()
             deadline = entry.message.deadline
-            if deadline is not None and deadline <= now:
+            if deadline is not None and deadline <= now():
                 self.finish(entry, DeadlineExceeded("the message expired before anyone took it"))
                 continue
             if self.waiting:
@@ -213,7 +216,7 @@ class _Serving:
         self.group = group
         self.receive = receive
         self.clock = clock
-        self.workers = Workers(lambda: group.take(clock.now()), self._deliver, limit)
+        self.workers = Workers(partial(group.take, clock.now), self._deliver, limit)
         group.servings.append(self)
 
     def __repr__(self) -> str:
