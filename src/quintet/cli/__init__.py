@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from quintet.cli import call, exits, serve, up
+from quintet.cli import call, channels, describe, exits, mock, new, serve, up
 from quintet.errors import QuintetError
 
 app = typer.Typer(
@@ -17,8 +17,17 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for command, module in ((serve.serve, serve), (up.up, up), (call.call, call)):
-    app.command(epilog=module.EXAMPLES)(command)
+for command, summary, examples in (
+    (serve.serve, "Serve one service in this process.", serve.EXAMPLES),
+    (up.up, "Run all services of a quintet.toml, each its own process.", up.EXAMPLES),
+    (call.call, "Call an operation, in whichever of the five styles.", call.EXAMPLES),
+    (channels.tail, "Watch a channel without taking from it.", channels.TAIL_EXAMPLES),
+    (describe.describe, "Show a contract: operations, styles, types, carriers.", describe.EXAMPLES),
+    (mock.mock, "Serve a contract that nobody has implemented yet.", mock.EXAMPLES),
+    (new.new, "Write a project that runs and whose tests pass.", new.EXAMPLES),
+):
+    app.command(short_help=summary, epilog=examples)(command)
+app.add_typer(channels.dead, name="dead", short_help="List, show, replay or drop what could not be handled.")
 
 
 def main() -> None:

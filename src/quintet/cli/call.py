@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import msgspec
@@ -11,9 +12,9 @@ import typer
 from msgspec import Struct, structs
 
 from quintet.cli.exits import code_of, run, sentence
-from quintet.cli.loading import load_operation
+from quintet.cli.loading import load_operation, only
 from quintet.client import connect
-from quintet.contract import Contract, Fault, Operation, Style
+from quintet.contract import Fault, Operation, Style
 from quintet.errors import CallError, ConfigurationError, InvalidMessage
 from quintet.format import format_named
 from quintet.policy import Policy
@@ -142,14 +143,14 @@ async def _async_request(operation: AnyOperation, arguments: dict[str, Any], ask
 
 
 async def _event(operation: AnyOperation, arguments: dict[str, Any], asked: Asked) -> None:
-    async with _Outlet(operation, asked) as service:
+    async with _outlet(operation, asked) as service:
         await service.publish(operation, **arguments)
     _accepted(asked)
 
 
 async def _survey(operation: AnyOperation, arguments: dict[str, Any], asked: Asked) -> None:
     encode, count = _encoder(operation), 0
-    async with _Outlet(operation, asked) as service:
+    async with _outlet(operation, asked) as service:
         async with service.ask(operation, **arguments).within(asked.within, enough=asked.enough) as answers:
             async for answer in answers:
                 count += 1
@@ -173,34 +174,21 @@ _SAY = {
 
 def _client(operation: AnyOperation, asked: Asked) -> connect[Any]:
     policy = Policy(timeout=asked.timeout)
-    return connect(_only(operation), asked.to, policy=policy, name="quintet-call", format=asked.format_name)
+    return connect(
+        only(operation.contract, [operation.name]),
+        asked.to,
+        policy=policy,
+        name="quintet-call",
+        format=asked.format_name,
+    )
 
 
-def _only(operation: AnyOperation) -> type[Contract]:
-    """The contract with this operation alone: the others need no address that could carry them, nor a handler."""
-    info = operation.contract.__quintet__
-
-    class Only(Contract, name=info.name, version=info.version, http_level=info.level):
-        pass
-
-    Only.__name__ = operation.contract.__name__
-    Only.__quintet__ = structs.replace(info, operations={operation.name: operation})
-    return Only
-
-
-class _Outlet:
+@asynccontextmanager
+async def _outlet(operation: AnyOperation, asked: Asked) -> AsyncGenerator[Service, None]:
     """The contract's own service without its handlers: what publishes and asks."""
-
-    def __init__(self, operation: AnyOperation, asked: Asked) -> None:
-        self._service, self._asked = Service(_only(operation)), asked
-        self._stack = AsyncExitStack()
-
-    async def __aenter__(self) -> Service:
-        await self._stack.enter_async_context(serve(self._service, at=self._asked.to, format=self._asked.format_name))
-        return self._service
-
-    async def __aexit__(self, *failure: Any) -> None:
-        await self._stack.aclose()
+    service = Service(only(operation.contract, [operation.name]))
+    async with serve(service, at=asked.to, format=asked.format_name):
+        yield service
 
 
 def _encoder(operation: AnyOperation) -> Any:
@@ -209,7 +197,8 @@ def _encoder(operation: AnyOperation) -> Any:
 
 def _print_value(operation: AnyOperation, value: Any, asked: Asked) -> None:
     encoded = _encoder(operation)(value)
-    print((encoded if asked.json else msgspec.json.format(encoded, indent=2)).decode())
+    indented = sys.stdout.isatty() and not asked.json
+    print((msgspec.json.format(encoded, indent=2) if indented else encoded).decode())
 
 
 def _accepted(asked: Asked) -> None:

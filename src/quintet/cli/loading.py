@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from msgspec import structs
 
 from quintet.contract import Contract, Operation, check
 from quintet.errors import ConfigurationError, QuintetError
@@ -21,7 +23,7 @@ def load_service(target: str) -> Service:
 
 def load_contract(target: str) -> type[Contract]:
     """The contract behind "rides.contracts:Trips", checked. Raises ConfigurationError."""
-    contract: type[Contract] = _attribute(target, "Contract", _is_contract)
+    contract: type[Contract] = _attribute(target, "contract", _is_contract)
     check(contract)
     return contract
 
@@ -42,24 +44,35 @@ def load_operation(target: str) -> Operation[Any, Any, Any]:
     return operations[name]
 
 
+def only(contract: type[Contract], names: Iterable[str]) -> type[Contract]:
+    """The contract with some of its operations: the others then need no handler, nor an address that carries them."""
+    info = contract.__quintet__
+
+    class Only(Contract, name=info.name, version=info.version, http_level=info.level):
+        pass
+
+    Only.__name__ = contract.__name__
+    Only.__quintet__ = structs.replace(info, operations={name: info.operations[name] for name in names})
+    return Only
+
+
 def _is_contract(thing: Any) -> bool:
     return isinstance(thing, type) and issubclass(thing, Contract) and thing is not Contract
+
+
+_EXAMPLE = {"service": "rides.trips:service", "contract": "rides.contracts:Trips"}
 
 
 def _attribute(target: str, wanted: str, fits: Callable[[Any], bool]) -> Any:
     module_name, colon, name = target.partition(":")
     if not colon or not module_name or not name:
-        raise ConfigurationError(
-            f"{target!r} names no {wanted.lower()}: write MODULE:{wanted}, as rides.trips:{wanted}"
-        )
+        raise ConfigurationError(f"{target!r} names no {wanted}: write MODULE:{wanted.upper()}, as {_EXAMPLE[wanted]}")
     module = _import(module_name)
     found = getattr(module, name, None)
     if not fits(found):
         others = [other for other, value in vars(module).items() if fits(value) and not other.startswith("_")]
-        what = f"has no {name!r}" if found is None else f"has a {name!r} which is no {wanted.lower()}: {found!r}"
-        raise ConfigurationError(
-            f"module {module_name} {what}; the {wanted.lower()}s there: {', '.join(others) or 'none'}"
-        )
+        what = f"has no {name!r}" if found is None else f"has a {name!r} which is no {wanted}: {found!r}"
+        raise ConfigurationError(f"module {module_name} {what}; the {wanted}s there: {', '.join(others) or 'none'}")
     return found
 
 
