@@ -18,7 +18,7 @@ class Workers(Generic[T]):
     The transport calls `wake()` whenever there is something new to take; a `take` that leaves more behind calls it
     too. So a burst costs one wake-up as long as no handler waits, and one more worker for each that does; there is no
     task per message. `work` settles its delivery itself, also when it is cancelled. Workers run in copies of the
-    context in which this object was made, so that a sender's context variables never reach a handler.
+    context in which this object was made: context variables of a sender or of an earlier message reach no handler.
     """
 
     def __init__(self, take: Callable[[], T | None], work: Callable[[T], Awaitable[None]], limit: int) -> None:
@@ -65,7 +65,7 @@ class Workers(Generic[T]):
         return True
 
     async def _run(self) -> None:
-        take, work = self._take, self._work
+        take, work, before = self._take, self._work, contextvars.copy_context()
         loop = asyncio.get_running_loop()
         burst = 0
         while True:
@@ -76,6 +76,8 @@ class Workers(Generic[T]):
                     await work(delivery)
                 finally:
                     self.busy -= 1
+                if _differs(before):
+                    return  # a handler left a context variable behind: the next message gets a worker without it
                 burst += 1
                 if burst >= BURST:
                     burst = 0
@@ -112,3 +114,10 @@ class Workers(Generic[T]):
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+
+
+def _differs(before: contextvars.Context) -> bool:
+    try:
+        return contextvars.copy_context() != before
+    except Exception:  # values that refuse to be compared, as arrays do
+        return True

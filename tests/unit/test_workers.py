@@ -138,6 +138,26 @@ async def test_a_handler_may_drain_its_own_workers() -> None:
     await asyncio.wait_for(ended.wait(), 5)
 
 
+async def test_context_variables_that_a_handler_leaves_behind_do_not_reach_the_next_message() -> None:
+    variable: contextvars.ContextVar[object] = contextvars.ContextVar("variable", default="start")
+    items, seen = deque([1, 2, 3, 4]), list[object]()
+
+    class Refuses:
+        def __eq__(self, other: object) -> bool:
+            raise ValueError("not to be compared")
+
+    async def work(item: int) -> None:
+        seen.append(variable.get())
+        if item < 3:
+            variable.set(Refuses() if item == 2 else "left behind")
+
+    workers = Workers(lambda: items.popleft() if items else None, work, 1)
+    workers.wake()
+    await settle()
+    assert seen == ["start"] * 4
+    await workers.drain()
+
+
 async def test_context_variables_of_a_sender_do_not_reach_a_worker() -> None:
     variable = contextvars.ContextVar("variable", default="start")
     items, seen = deque([1]), list[str]()
