@@ -8,7 +8,6 @@ the client to another; the rounds take turns, and each cell is its best round, s
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 import subprocess
@@ -16,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any
 
 import httptools
@@ -29,7 +28,7 @@ from quintet.message import Channel, Message, new_id
 from quintet.transport import Done, Verdict, open_address
 
 OUTSTANDING = (1, 16, 64)
-ROUNDS = 3
+ROUNDS = 10
 PEERS = {  # name: server, client
     "FastAPI on uvicorn + httpx": ("fastapi", "httpx"),
     "FastAPI on uvicorn + aiohttp": ("fastapi", "aiohttp"),
@@ -314,59 +313,62 @@ async def _serve(kind: str, port: int) -> None:
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
 
-async def _call(kind: str, port: int, seconds: float) -> dict[str, int]:
-    rates = {}
-    for outstanding in OUTSTANDING:
-        async with AsyncExitStack() as stay:
-            call: Call = await globals()[f"call_{kind}"](port, outstanding, stay)
-            if await call() != TRIP:
-                raise RuntimeError(f"{kind}: another trip came back")
-            count, end = 0, time.perf_counter() + seconds
+async def _call(kind: str, port: int, outstanding: int, seconds: float) -> int:
+    """Requests per second."""
+    async with AsyncExitStack() as stay:
+        call: Call = await globals()[f"call_{kind}"](port, outstanding, stay)
+        if await call() != TRIP:
+            raise RuntimeError(f"{kind}: another trip came back")
+        count, start = 0, time.perf_counter()
 
-            async def caller(call: Call = call, end: float = end) -> None:
-                nonlocal count
-                while time.perf_counter() < end:
-                    await call()
-                    count += 1
+        async def caller() -> None:
+            nonlocal count
+            while time.perf_counter() < start + seconds:
+                await call()
+                count += 1
 
-            start = time.perf_counter()
-            await asyncio.gather(*(caller() for _ in range(outstanding)))
-            rates[str(outstanding)] = round(count / (time.perf_counter() - start))
-    return rates
+        await asyncio.gather(*(caller() for _ in range(outstanding)))
+        return round(count / (time.perf_counter() - start))
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+class Peer:
+    """A server and a client process, which wait until they are asked to measure."""
 
-
-def _measure(server: str, client: str, seconds: float) -> dict[str, int]:
-    port = _free_port()
-    base = [sys.executable, "-m", "benchmarks.http_calls"]
-    serving = subprocess.Popen(
-        [*base, "serve", server, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert serving.stdout is not None
-        if serving.stdout.readline() != "listening\n":
+    def __init__(self, server: str, client: str, stay: ExitStack) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        self.server = self._start("serve", server, port, stay)
+        if self._ask(self.server, "") != "listening":
             raise RuntimeError(f"the server {server!r} did not start")
-        done = subprocess.run(
-            [*base, "call", client, str(port), str(seconds)], stdout=subprocess.PIPE, text=True, check=True
-        )
-        rates: dict[str, int] = json.loads(done.stdout)
-        return rates
-    finally:
-        serving.communicate()
+        self.client = self._start("call", client, port, stay)
+
+    def _start(self, what: str, kind: str, port: str, stay: ExitStack) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "benchmarks.http_calls", what, kind, port]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        stay.callback(process.communicate)  # they end when their input does
+        return process
+
+    def _ask(self, process: subprocess.Popen[str], line: str) -> str:
+        if process.stdin is None or process.stdout is None:
+            raise RuntimeError("started without pipes")
+        if line:
+            print(line, file=process.stdin, flush=True)
+        return process.stdout.readline().strip()
+
+    def measure(self, outstanding: int, seconds: float) -> int:
+        return int(self._ask(self.client, f"{outstanding} {seconds}"))
 
 
 def run(seconds: float = 3.0) -> dict[str, object]:
     """Requests per second by peer and number outstanding, and the ratios of the budgets; `seconds` for each cell."""
     best: dict[str, dict[str, int]] = {name: dict.fromkeys(map(str, OUTSTANDING), 0) for name in PEERS}
-    for _ in range(ROUNDS):
-        for name, (server, client) in PEERS.items():
-            for outstanding, rate in _measure(server, client, seconds / ROUNDS).items():
-                best[name][outstanding] = max(best[name][outstanding], rate)
+    with ExitStack() as stay:
+        peers = {name: Peer(server, client, stay) for name, (server, client) in PEERS.items()}
+        for _ in range(ROUNDS):
+            for outstanding in OUTSTANDING:
+                for name, peer in peers.items():
+                    rate = peer.measure(outstanding, seconds / ROUNDS)
+                    best[name][str(outstanding)] = max(best[name][str(outstanding)], rate)
     ours = best["Quintet"]["64"]
     ratios = {
         f"x {name}, 64 outstanding": {"ratio": round(ours / best[name]["64"], 2), "budget": budget}
@@ -380,11 +382,13 @@ def main() -> None:
         case ["serve", kind, port]:
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
             uvloop.run(_serve(kind, int(port)))
-        case ["call", kind, port, seconds]:
+        case ["call", kind, port]:
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-            print(json.dumps(uvloop.run(_call(kind, int(port), float(seconds)))))
-        case [*seconds]:
-            found: Any = run(*map(float, seconds))
+            for line in sys.stdin:
+                outstanding, seconds = line.split()
+                print(uvloop.run(_call(kind, int(port), int(outstanding), float(seconds))), flush=True)
+        case [*given]:
+            found: Any = run(*map(float, given))
             for name, rates in found["requests per second with 1 / 16 / 64 outstanding"].items():
                 print(f"{name:40}" + "".join(f"{rate:>10,}" for rate in rates.values()))
             for name, ratio in found["ratios"].items():
