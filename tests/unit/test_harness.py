@@ -6,11 +6,24 @@ from __future__ import annotations
 import asyncio
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 from msgspec import Struct
 
-from quintet import Contract, Fault, Policy, Redelivery, Service, current, event, notification, request, survey
+from quintet import (
+    Contract,
+    Fault,
+    Policy,
+    Redelivery,
+    Service,
+    async_request,
+    current,
+    event,
+    notification,
+    request,
+    survey,
+)
 from quintet.errors import DeadlineExceeded
 from quintet.testing import FakeClock, FaultyTransport, harness
 
@@ -33,6 +46,8 @@ class Trips(Contract, name="trips", version="1.0"):
     async def pickup(self, trip_id: str) -> None: ...
     @event(key="trip.id")
     async def created(self, trip: Trip) -> None: ...
+    @async_request
+    async def receipt(self, trip_id: str) -> str: ...
     @survey
     async def offers(self, trip: Trip) -> str: ...
 
@@ -63,6 +78,10 @@ class World:
         async def pickup(trip_id: str) -> None:
             self.picked_up.append(trip_id)
 
+        @trips.handles(Trips.receipt)
+        async def receipt(trip_id: str) -> str:
+            return f"receipt for {trip_id}"
+
         @dispatch.handles(Trips.created, redelivery=Redelivery(attempts=3, first=2.0, longest=2.0))
         async def created(trip: Trip) -> None:
             self.heard.append((trip.id, current().attempt))
@@ -84,7 +103,7 @@ async def test_a_test_sees_what_was_sent_and_waits_for_what_was_handled() -> Non
         assert world.picked_up == ["t-1"]
         with pytest.raises(NoSuchTrip):
             await trips.get("t-2")
-    assert world.trips.answers != "memory://"  # it is the service of production again
+    assert world.trips.answers.startswith("sqlite:")  # it is the service of production again
     assert len(asyncio.all_tasks()) == 1
 
 
@@ -148,6 +167,23 @@ async def test_a_survey_ends_as_the_fake_clock_passes_its_time() -> None:
         await bench.advance(0.2)
         await asking
         assert answers == [("quick", "t-1: 3 minutes")]
+
+
+@pytest.mark.parametrize("like", [[], ["http", "sqlite"]], ids=str)
+async def test_an_async_request_is_answered_without_a_file(
+    like: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    world = World()
+    world.trips.inbox = "sqlite:///inbox.db"
+    async with harness(world.trips, like=like) as bench:
+        trips = bench.connect(Trips)
+        pending = await trips.receipt("t-1")
+        assert await pending == "receipt for t-1"
+        assert await trips.receipt.pending(pending.id) == "receipt for t-1"
+        await trips.pickup("t-2")
+    assert world.picked_up == ["t-2"]
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_time_out_is_reached_by_moving_the_clock() -> None:

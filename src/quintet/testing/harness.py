@@ -18,7 +18,7 @@ from quintet.message import Message
 from quintet.policy import Policies
 from quintet.server import Running, Service
 from quintet.testing.clock import FakeClock
-from quintet.transport import Dead, DeadLetter, Done, Transport, Verdict, open_address
+from quintet.transport import Dead, DeadLetter, Done, Transport, Verdict, parse_address
 from quintet.transports.memory import Carrier
 
 C = TypeVar("C", bound=Contract)
@@ -33,14 +33,15 @@ _numbers = itertools.count(1)
 class Harness:
     """What `harness` gives: clients, what was sent, what was handled, and the clock."""
 
-    def __init__(self, broker: Carrier, carriers: Carriers, clock: Clock) -> None:
-        self.broker = broker
+    def __init__(self, brokers: Sequence[Carrier], carriers: Carriers, clock: Clock) -> None:
+        self.brokers = brokers
         self.clock = clock
         self._carriers = carriers
         self._sent: list[Message] = []
         self._settled: list[tuple[str, Message, Verdict]] = []
         self._changed = asyncio.Event()
-        broker.observe(self._observe)
+        for broker in brokers:
+            broker.observe(self._observe)
 
     def __repr__(self) -> str:
         return f"<harness: {len(self._sent)} messages sent, {len(self._settled)} deliveries settled>"
@@ -48,8 +49,8 @@ class Harness:
     def connect(self, contract: type[C], *, policy: Policies = (), name: str = "test") -> C:
         """A connected client of one of the services; `name` is what they see as the sender."""
         client = contract()
-        address = self.broker.address.text
-        _at_once(plug(client, self._carriers, [address], policy, "json", name))
+        addresses = [broker.address.text for broker in self.brokers]
+        _at_once(plug(client, self._carriers, addresses, policy, "json", name))
         return client
 
     def messages(self, operation: Operation[Any, Any, Any]) -> list[Message]:
@@ -96,7 +97,7 @@ class Harness:
 
     async def dead(self) -> Sequence[DeadLetter]:
         """The messages that could not be handled, oldest first."""
-        return await self.broker.dead()
+        return [letter for broker in self.brokers for letter in await broker.dead()]
 
     def _observe(self, group: str, message: Message, verdict: Verdict | None) -> None:
         kept = structs.replace(message, headers=message.headers.copy())  # as it was at this moment
@@ -127,21 +128,22 @@ class Harness:
 async def harness(
     *services: Service,
     clock: Clock | None = None,
-    like: str = "",
+    like: Sequence[str] = (),
     wrap: Callable[[Transport], Transport] = lambda transport: transport,
 ) -> AsyncGenerator[Harness]:
-    """Runs the services over a memory broker of their own, connected to one another, and drains them at the end
+    """Runs the services over memory brokers of their own, connected to one another, and drains them at the end
     (what is still at work half a second later is cancelled).
 
-    `clock`: a FakeClock where the test moves time. `like`: the transport whose traits the broker takes on. `wrap`: what
-    stands between the services and the broker, as `lambda transport: FaultyTransport(transport, drop=0.1)`. Answers of
-    async requests are kept in memory.
+    `clock`: a FakeClock where the test moves time. `like`: the transports that they have in production, as
+    ["http", "sqlite"]: a broker for each, with its traits. `wrap`: what stands between the services and a broker, as
+    `lambda transport: FaultyTransport(transport, drop=0.1)`. What a service keeps on disk in production, its answers
+    and its inbox, is kept in memory. Raises ConfigurationError as `serve` does.
     """
-    clock = clock or SYSTEM
-    address = f"memory://harness-{next(_numbers)}" + (f"?like={like}" if like else "")
+    clock, name = clock or SYSTEM, f"memory://harness-{next(_numbers)}"
+    addresses = [f"{name}.{scheme}?like={scheme}" for scheme in like] or [name]
     carriers = Carriers("harness", clock)
-    connect: dict[type[Contract] | str, str] = {
-        contract.__quintet__.name: address
+    connect: dict[type[Contract] | str, Sequence[str]] = {
+        contract.__quintet__.name: addresses
         for service in services
         for contract in (
             *(type(client) for client, _ in service.clients),
@@ -149,22 +151,26 @@ async def harness(
         )
     }
     async with AsyncExitStack() as stack:
-        broker = open_address(address, clock)
-        assert isinstance(broker, Carrier)  # noqa: S101 - the scheme says so
-        await broker.open()
-        stack.push_async_callback(broker.close)
-        transport = carriers._open[address] = wrap(open_address(address, clock))
-        await transport.open()
-        stack.push_async_callback(transport.close)
+        brokers, transports = list[Carrier](), list[Transport]()
+        for address in addresses:
+            broker = Carrier(parse_address(address), clock)
+            transport = carriers._open[address] = wrap(Carrier(parse_address(address), clock))
+            for opening in (broker, transport):
+                await opening.open()
+                stack.push_async_callback(opening.close)
+            brokers.append(broker)
+            transports.append(transport)
         stack.push_async_callback(carriers.close)
         for service in services:
-            stack.callback(setattr, service, "answers", service.answers)
-            service.answers = "memory://"
-            running = Running(service, [address], connect, "json", carriers, None)
+            for kept in ("answers", "inbox"):
+                stack.callback(setattr, service, kept, getattr(service, kept))
+                setattr(service, kept, f"{name}.{kept}.{service.name}" if getattr(service, kept) else "")
+            running = Running(service, addresses, connect, "json", carriers, None)
             stack.push_async_callback(_stop, running)
             await running.start()
-        await transport.ready()
-        yield Harness(broker, carriers, clock)
+        for transport in transports:
+            await transport.ready()
+        yield Harness(brokers, carriers, clock)
 
 
 async def _stop(running: Running) -> None:
