@@ -28,7 +28,8 @@ OLDEST_SAFE = 3_051_003
 """SQLite before 3.51.3 can corrupt a WAL file that several processes write (the "WAL-reset" bug)."""
 BUSY_SECONDS = 5.0
 CHECKPOINT_PAGES = 2_000  # of 4 KiB: how far the write-ahead log grows before it is carried into the file
-LOCK_POLL_SECONDS = 0.0004
+LOCK_POLL_SECONDS = 0.0001  # while another process may be in a transaction of ours, which lasts about 1 ms
+LOCKED_LONG = 100  # polls after which it is no such transaction
 LONGEST_SOCKET_PATH = 100  # bytes; the kernel's bound is 104 to 108
 
 _SCHEMA = """
@@ -195,12 +196,12 @@ class Database:
 
     def _write(self, opened: queue.SimpleQueue[Exception | None]) -> None:
         try:
-            self._connection = connection = self._connect()
-            self._commit(self._prepare)
+            wakes = self._connect()
         except Exception as error:
             opened.put(translate(error, self.path))
             return
         opened.put(None)
+        self._deliver([], wakes)
         while (jobs := self._inbox.get()) is not None:
             with contextlib.suppress(queue.Empty):  # what came while the last transaction ran shares this one
                 while (more := self._inbox.get_nowait()) is not None:
@@ -209,30 +210,37 @@ class Database:
             self._deliver(*self._settle(jobs))
         with contextlib.suppress(apsw.Error):  # who comes next finds this process dead
             self._commit(_leave)
-        connection.close(True)
+        self._connection.close(True)
 
-    def _connect(self) -> apsw.Connection:
-        connection = apsw.Connection(str(self.path))
-        try:
-            connection.set_busy_handler(self._wait_for_lock)
-            for pragma in _PRAGMAS:
-                connection.execute(f"PRAGMA {pragma}").fetchall()
-        except BaseException:
-            connection.close(True)
-            raise
-        return connection
+    def _connect(self) -> list[Wake]:
+        """Asks again where others make or remove the write-ahead log just now, for there SQLite does not wait."""
+        until = time.monotonic() + BUSY_SECONDS
+        while True:
+            self._connection = connection = apsw.Connection(str(self.path))
+            try:
+                connection.set_busy_handler(self._wait_for_lock)
+                for pragma in _PRAGMAS:
+                    connection.execute(f"PRAGMA {pragma}").fetchall()
+                return self._commit(self._prepare)[1]
+            except BaseException as error:
+                connection.close(True)
+                if not isinstance(error, apsw.BusyError | apsw.ProtocolError) or time.monotonic() > until:
+                    raise
+            time.sleep(LOCK_POLL_SECONDS)
 
     def _prepare(self, transaction: Transaction) -> None:
         if transaction.execute("PRAGMA journal_mode") != [("wal",)]:
             raise TransportError(f"{self.path} is on a file system without shared memory: use a local one")
         transaction.execute(_SCHEMA)
         self._enrol(transaction, [None])
+        self._bury(transaction, [None])
 
     def _wait_for_lock(self, tries: int) -> bool:
-        """SQLite's own waiting grows to 100 ms and starves who lost once; transactions here last about 1 ms."""
+        """SQLite's own waiting grows to 100 ms, and so starves who lost once: the lock goes to who asks often."""
         if tries == 0:
             self._waits_until = time.monotonic() + BUSY_SECONDS
-        time.sleep(random.uniform(0.5, 1.5) * LOCK_POLL_SECONDS)  # noqa: S311
+        pause = LOCK_POLL_SECONDS if tries < LOCKED_LONG else 20 * LOCK_POLL_SECONDS
+        time.sleep(random.uniform(0.5, 1.5) * pause)  # noqa: S311 - so that two do not meet again
         return time.monotonic() < self._waits_until
 
     def _settle(self, jobs: list[Job]) -> tuple[list[Outcome], list[Wake]]:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
@@ -403,6 +404,29 @@ def test_a_file_that_another_locks_for_too_long_fails_with_a_sentence(
             other.close()
             await database.submit(add, "two")
             assert await database.submit(words, None) == ["two"]
+
+    asyncio.run(main())
+
+
+def test_a_file_that_others_just_create_is_opened_as_soon_as_they_have_done_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = 3
+
+    class Busy(apsw.Connection):
+        def execute(self, *arguments: Any, **options: Any) -> apsw.Cursor:
+            nonlocal refusals
+            if "journal_mode" in arguments[0] and refusals:
+                refusals -= 1
+                raise apsw.BusyError("database is locked")
+            return super().execute(*arguments, **options)
+
+    monkeypatch.setattr(apsw, "Connection", Busy)
+
+    async def main() -> None:
+        async with opened(tmp_path / "a.db") as database:
+            assert await database.submit(processes, None) == 1
+        assert refusals == 0
 
     asyncio.run(main())
 

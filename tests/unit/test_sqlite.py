@@ -563,6 +563,20 @@ def test_two_receivers_that_are_never_done_with_all_have_their_share(tmp_path: P
     asyncio.run(main())
 
 
+def test_durable_sends_wait_for_the_disk_unless_told_otherwise_and_others_do_not(tmp_path: Path) -> None:
+    async def synchronous(options: str, channel: Channel) -> str:
+        async with opened(tmp_path, options) as carrier:
+            await carrier.send(message(b"1", channel))
+            return carrier.database._synchronous
+
+    for options, channel, wanted in (
+        ("", WORK, "FULL"),
+        ("", Channel("request"), "NORMAL"),
+        ("?synchronous=normal", WORK, "NORMAL"),
+    ):
+        assert asyncio.run(synchronous(options, channel)) == wanted, (options, channel)
+
+
 # Failures
 
 

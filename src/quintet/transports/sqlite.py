@@ -70,7 +70,6 @@ class Carrier(Transport):
         try:
             await self._database.submit(engine.CREATE, None)
             await self._join()
-            await self._database.bury()
         except BaseException:
             await self.close()
             raise
