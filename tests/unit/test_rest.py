@@ -631,7 +631,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize(("status", "kind"), FOREIGN)
-@pytest.mark.parametrize("body", [b"<h1>Oh no</h1>", b"", b'{"title":"Oh no","code":7}', b"\xff{", b"[" * 5000])
+@pytest.mark.parametrize("body", [b"<h1>Oh no</h1>", b"", b'{"title":"Oh no","code":7}', b"\xff{", b'{"x":' * 5000])
 @pytest.mark.parametrize("media_type", ["text/html", PROBLEM, JSON])
 def test_a_foreign_failure_is_told_by_its_status(status: int, kind: str, body: bytes, media_type: str) -> None:
     asked = bound("get").request(bound("get").operation.record("t"))
@@ -652,6 +652,17 @@ def test_a_foreign_problem_says_why_and_when_to_come_again() -> None:
     assert isinstance(failure, Overloaded)
     assert str(failure) == "trips.get: answered 429 Too Many Requests: Full: come back later"
     assert failure.retry_after == 30.0
+
+
+@pytest.mark.parametrize(
+    ("after", "seconds"),
+    [("0", 0.0), ("", None), ("soon", None), ("-1", None), ("²", None), ("٣", None), ("1.5", None)],
+)
+def test_retry_after_is_whole_seconds_or_unknown(after: str, seconds: float | None) -> None:
+    reply = Message(channel=bound("get").channel, headers={":status": "503", "retry-after": after})
+    failure = bound("get").failure(reply)
+    assert isinstance(failure, Overloaded)
+    assert failure.retry_after == seconds
 
 
 def test_a_fault_that_the_contract_does_not_declare_is_a_remote_error() -> None:
@@ -953,7 +964,7 @@ def read_back(binding: Rest, reply: Message) -> Any:
 
 
 JUNK = st.binary() | st.sampled_from(
-    [b"", b"null", b"[]", b"{}", b'{"id":1}', b"{" * 3000, b"\xff", b'{"type":[]}', b'{"_links":7}']
+    [b"", b"null", b"[]", b"{}", b'{"id":1}', b'{"x":' * 3000, b"\xff", b'{"type":[]}', b'{"_links":7}']
 )
 BINDINGS = [
     bound(name, level)
