@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
 from typing import Any
 
 import httptools
@@ -38,6 +39,8 @@ PEERS = {  # name: server, client
     "Quintet's transport alone": ("transport", "transport"),
     "Quintet": ("quintet", "quintet"),
 }
+RATES = "requests per second with 1 / 16 / 64 outstanding"
+WORK = "microseconds of work per request on the server / client with 64"
 BUDGETS = {  # of Quintet, 64 outstanding: at least so many times the peer
     "FastAPI on uvicorn + aiohttp": 2.5,
     "FastAPI on uvicorn + httpx": 20.0,
@@ -313,8 +316,8 @@ async def _serve(kind: str, port: int) -> None:
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
 
-async def _call(kind: str, port: int, outstanding: int, seconds: float) -> int:
-    """Requests per second."""
+async def _call(kind: str, port: int, outstanding: int, seconds: float) -> tuple[int, float]:
+    """How many requests were answered in how many seconds."""
     async with AsyncExitStack() as stay:
         call: Call = await globals()[f"call_{kind}"](port, outstanding, stay)
         if await call() != TRIP:
@@ -328,7 +331,7 @@ async def _call(kind: str, port: int, outstanding: int, seconds: float) -> int:
                 count += 1
 
         await asyncio.gather(*(caller() for _ in range(outstanding)))
-        return round(count / (time.perf_counter() - start))
+        return count, time.perf_counter() - start
 
 
 class Peer:
@@ -355,26 +358,47 @@ class Peer:
             print(line, file=process.stdin, flush=True)
         return process.stdout.readline().strip()
 
-    def measure(self, outstanding: int, seconds: float) -> int:
-        return int(self._ask(self.client, f"{outstanding} {seconds}"))
+    def measure(self, outstanding: int, seconds: float) -> tuple[int, float, float, float]:
+        """Requests answered, the seconds they took, and the seconds of work on the server's and the client's core."""
+        before = self._work()
+        count, took = self._ask(self.client, f"{outstanding} {seconds}").split()
+        server, client = (after - start for after, start in zip(self._work(), before, strict=True))
+        return int(count), float(took), server, client
+
+    def _work(self) -> list[float]:
+        stats = (Path(f"/proc/{process.pid}/stat").read_text().split() for process in (self.server, self.client))
+        return [(int(stat[13]) + int(stat[14])) / os.sysconf("SC_CLK_TCK") for stat in stats]
 
 
 def run(seconds: float = 3.0) -> dict[str, object]:
-    """Requests per second by peer and number outstanding, and the ratios of the budgets; `seconds` for each cell."""
+    """Requests per second by peer and number outstanding, the work of both cores, and the budgets' ratios.
+
+    `seconds` for each cell. The work is microseconds a request costs each core, which a busy machine blurs less.
+    """
     best: dict[str, dict[str, int]] = {name: dict.fromkeys(map(str, OUTSTANDING), 0) for name in PEERS}
+    total = {name: [0.0, 0.0, 0.0] for name in PEERS}  # with the most outstanding: requests, work there, work here
     with ExitStack() as stay:
         peers = {name: Peer(server, client, stay) for name, (server, client) in PEERS.items()}
         for _ in range(ROUNDS):
             for outstanding in OUTSTANDING:
                 for name, peer in peers.items():
-                    rate = peer.measure(outstanding, seconds / ROUNDS)
-                    best[name][str(outstanding)] = max(best[name][str(outstanding)], rate)
-    ours = best["Quintet"]["64"]
+                    count, took, *cores = peer.measure(outstanding, seconds / ROUNDS)
+                    best[name][str(outstanding)] = max(best[name][str(outstanding)], round(count / took))
+                    if outstanding == OUTSTANDING[-1]:
+                        total[name] = [sum(pair) for pair in zip(total[name], (count, *cores), strict=True)]
+    most = str(OUTSTANDING[-1])
     ratios = {
-        f"x {name}, 64 outstanding": {"ratio": round(ours / best[name]["64"], 2), "budget": budget}
+        f"x {name}, {most} outstanding": {
+            "ratio": round(best["Quintet"][most] / best[name][most], 2),
+            "budget": budget,
+        }
         for name, budget in BUDGETS.items()
     }
-    return {"requests per second with 1 / 16 / 64 outstanding": best, "ratios": ratios}
+    work = {
+        name: {"server": round(1e6 * there / count), "client": round(1e6 * here / count)}
+        for name, (count, there, here) in total.items()
+    }
+    return {RATES: best, WORK: work, "ratios": ratios}
 
 
 def main() -> None:
@@ -386,11 +410,13 @@ def main() -> None:
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
             for line in sys.stdin:
                 outstanding, seconds = line.split()
-                print(uvloop.run(_call(kind, int(port), int(outstanding), float(seconds))), flush=True)
+                print(*uvloop.run(_call(kind, int(port), int(outstanding), float(seconds))), flush=True)
         case [*given]:
             found: Any = run(*map(float, given))
-            for name, rates in found["requests per second with 1 / 16 / 64 outstanding"].items():
-                print(f"{name:40}" + "".join(f"{rate:>10,}" for rate in rates.values()))
+            print(f"{RATES}, and {WORK}")
+            for name, rates in found[RATES].items():
+                cells = [*rates.values(), *found[WORK][name].values()]
+                print(f"{name:40}" + "".join(f"{cell:>10,}" for cell in cells))
             for name, ratio in found["ratios"].items():
                 print(f"{ratio['ratio']:>8} {name} (budget {ratio['budget']})")
 
