@@ -84,7 +84,7 @@ class Shell:
 
     def run(self, command: str) -> tuple[str, int]:
         assert self._bash.stdin
-        self._bash.stdin.write(f'{command}\necho "=== $?"\n')
+        self._bash.stdin.write(f"{command}\nprintf '\\n=== %s\\n' $?\n")
         self._bash.stdin.flush()
         printed: list[str] = []
         while True:
