@@ -32,6 +32,7 @@ from quintet.errors import (
     Overloaded,
     RemoteError,
     Safety,
+    TooLarge,
     UnsupportedMediaType,
 )
 from quintet.message import Message
@@ -218,11 +219,14 @@ def test_literal_pieces_of_a_path_are_percent_encoded() -> None:
     class Boats(Contract):
         @request(http="GET /fähren/100%25/{name}")
         async def get(self, name: str) -> None: ...
+        @request(http=Http("POST /fähren", location="/fähren/{id}"))
+        async def build(self) -> Made: ...
 
     binding = bind(Boats.get, "json")
     message = binding.request(Boats.get.record("é"))
     assert message.headers[":path"] == "/v1/f%C3%A4hren/100%25/%C3%A9"
     assert binding.arguments(arrive(binding, message)) == Boats.get.record("é")
+    assert answered(bind(Boats.build, "json"), Made("é")).headers["location"] == "/v1/f%C3%A4hren/%C3%A9"
 
 
 # --- what cannot be served over REST
@@ -672,6 +676,12 @@ def test_a_fault_that_the_contract_does_not_declare_is_a_remote_error() -> None:
     assert "NoSuchTrip" in str(failure)
 
 
+def test_a_problem_with_odd_members_is_still_told_by_its_code() -> None:
+    body = b'{"code":"too-large","retry-after":"soon"}'
+    reply = Message(channel=bound("get").channel, body=body, media_type=PROBLEM, headers={":status": "413"})
+    assert isinstance(bound("get").failure(reply), TooLarge)
+
+
 def test_a_fault_that_does_not_fit_says_so() -> None:
     body = b'{"type":"urn:quintet:fault:TooFar","km":"far"}'
     reply = Message(channel=bound("get").channel, body=body, media_type=PROBLEM, headers={":status": "409"})
@@ -694,6 +704,8 @@ def test_the_page_on_http_names_every_failure_and_every_header() -> None:
 def test_a_notification_that_is_kept_is_accepted() -> None:
     reply = bound("request_pickup").accepted(Message(channel=bound("request_pickup").channel, id="m-1"))
     assert (reply.headers, reply.body) == ({":status": "202"}, b"")
+    assert bound("request_pickup").failure(reply) is None
+    assert reply.status == ""
 
 
 @pytest.mark.parametrize(

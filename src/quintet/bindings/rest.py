@@ -209,22 +209,21 @@ class Route:
         odd = [part for part in path.split("/") if ("{" in part or "}" in part) and not _BRACES.fullmatch(part)]
         if odd or len(set(names)) < len(names):
             raise ContractError(f"{operation!r}: in {path!r} each {{parameter}} takes a whole segment, and only once")
-        pieces = _BRACES.split(path)
-        pieces[::2] = [quote(literal, safe="/:@!$&'()*+,;=~%") for literal in pieces[::2]]
-        self.path = "".join(f"{{{piece}}}" if n % 2 else piece for n, piece in enumerate(pieces))
+        self.path = _encoded(path)
         self.channel = _on_route(operation.channel, f"{self.verb} {self.path}{suffix}")
 
         fields = {field.name: field for field in structs.fields(operation.record)}
         self.in_path = {name: Parameter.of(operation, fields.pop(name), "path") for name in names}
+        self.collects = operation.parent is not None and "wait" in fields
         # how long to wait for a pending answer is a preference, not part of what it identifies (RFC 7240, section 4.3)
-        self.waits = self.level >= 2 and operation.parent is not None and fields.pop("wait", None) is not None
+        self.waits = self.collects and self.level >= 2 and bool(fields.pop("wait"))
         self.in_query: dict[str, Parameter] = {}
         if self.verb in ("GET", "DELETE"):
             self.in_query = {name: Parameter.of(operation, field, "query") for name, field in fields.items()}
             fields = {}
         self.in_body = fields
         self._path_values = [(name, attrgetter(name)) for name in names]
-        self._path_format = "".join("%s" if n % 2 else piece.replace("%", "%%") for n, piece in enumerate(pieces))
+        self._path_format = _BRACES.sub("%s", self.path.replace("%", "%%"))
 
     def target(self, record: Struct) -> str:
         """The request target of these parameters: path and query. Raises InvalidMessage."""
@@ -261,6 +260,13 @@ class Route:
         if self.operation.doc:
             link["title"] = self.operation.doc.partition("\n")[0]
         return link
+
+
+def _encoded(template: str) -> str:
+    """A path with its literal pieces percent-encoded, and its {parameters} as they are."""
+    pieces = _BRACES.split(template)
+    pieces[::2] = [quote(literal, safe="/:@!$&'()*+,;=~%") for literal in pieces[::2]]
+    return "".join(f"{{{piece}}}" if n % 2 else piece for n, piece in enumerate(pieces))
 
 
 def _declared(operation: Operation[Any, Any, Any]) -> tuple[str, str]:
@@ -397,7 +403,7 @@ class Rest:
     def failure(self, reply: Message) -> QuintetError | None:
         status = int(reply.headers.get(":status", "200"))
         if 200 <= status < 300:
-            if status == 202 and self.operation.parent is not None:
+            if status == 202 and self.route.collects:
                 reply.status = PENDING  # a server that is no Quintet says it by the HTTP status alone
             return None
         head = _NO_HEAD
@@ -412,7 +418,7 @@ class Rest:
         except InvalidMessage as error:
             return InvalidMessage(f"the fault of {self._name} does not fit its contract: {error}", path=error.path)
         if head.code in BY_CODE:
-            return from_problem(reply.body)
+            return from_problem(reply.body, head.code)
         said = f"{self._name}: answered {status} {_PHRASES.get(status, '')}".rstrip()
         code = "remote" if head.type.startswith(FAULT) else reply.status  # a fault that our contract does not declare
         after = reply.headers.get("retry-after", "")
@@ -639,7 +645,7 @@ def _success(route: Route, has_result: bool, negotiable: bool) -> tuple[str, dic
     status = http.status or (201 if http.location else 200 if has_result else 204)
     if not 200 <= status <= 299 or (status in (204, 205) and has_result):
         raise ContractError(f"{operation!r}: status={status} cannot be what success answers with {operation.result!r}")
-    location = f"/v{operation.contract.__quintet__.major}{http.location}" if http.location else ""
+    location = f"/v{operation.contract.__quintet__.major}{_encoded(http.location)}" if http.location else ""
     missing = set(_BRACES.findall(location)) - _fields(operation.result)
     if missing:
         raise ContractError(f"{operation!r}: location={http.location!r}: the reply has no {', '.join(sorted(missing))}")
