@@ -107,6 +107,26 @@ async def test_a_test_sees_what_was_sent_and_waits_for_what_was_handled() -> Non
     assert len(asyncio.all_tasks()) == 1
 
 
+async def test_what_one_service_handled_does_not_count_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["quintet.testing.harness"], "WITHIN", 0.01)
+    world, stuck = World(), Service(name="stuck")
+
+    @stuck.handles(Trips.created, every_instance=True)
+    async def created(trip: Trip) -> None:
+        if trip.id == "t-Bern":
+            await asyncio.Event().wait()
+
+    async with harness(world.trips, world.dispatch, stuck) as bench:
+        await bench.connect(Trips).create("Bern")
+        await bench.handled(Trips.created, by="dispatch")
+        with pytest.raises(
+            AssertionError, match="0 of 1 times by stuck; it was sent 1 times; no delivery was finished"
+        ):
+            await bench.handled(Trips.created, by="stuck")
+        await bench.connect(Trips).create("Basel")
+        assert [record.trip.id for record in await bench.handled(Trips.created, by="stuck")] == ["t-Basel"]
+
+
 async def test_a_failing_handler_is_tried_again_as_the_fake_clock_moves_on(caplog: pytest.LogCaptureFixture) -> None:
     world = World(RuntimeError("no car"))
     async with harness(world.trips, world.dispatch, clock=FakeClock()) as bench:

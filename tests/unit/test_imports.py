@@ -10,7 +10,12 @@ import pytest
 import quintet
 
 ROOT = Path(quintet.__file__).parent
-ABOVE = {"client": "sides", "server": "sides", "__main__": "cli"}  # the files beside the core's that are not of it
+ABOVE = {
+    "client": "sides",
+    "server": "sides",
+    "mock": "sides",
+    "__main__": "cli",
+}  # the files beside the core's that are not of it
 
 MAY_IMPORT: dict[str, set[str]] = {
     "wire": {"wire", "core"},

@@ -140,6 +140,16 @@ async def test_a_sender_that_never_waits_does_not_starve_the_receiver() -> None:
     assert most < 2_000
 
 
+async def test_what_a_receiver_was_woken_for_goes_to_another_where_it_stops_first() -> None:
+    transport, first, second = await opened(), Receiver(), Receiver()
+    stopping = await transport.serve(WORK, first, "group")
+    await transport.serve(WORK, second, "group")
+    await transport.send(Message(channel=WORK))  # wakes the first, which has had no turn of the loop yet
+    await stopping.stop()
+    await FakeClock().settle()
+    assert (len(first.messages), len(second.messages)) == (0, 1)
+
+
 async def test_a_cancelled_receiver_has_its_message_again_after_a_second() -> None:
     clock = FakeClock()
     transport, attempts = await opened(clock=clock), list[int]()

@@ -542,13 +542,13 @@ async def _(bench: Bench) -> None:
 )
 async def _(bench: Bench) -> None:
     here, there, channel = await bench.open(), await bench.open(), bench.channel(fanout=True, durable=True)
-    failing, well = Receiver(Dead("hopeless")), Receiver()
+    failing, well = Receiver(Again(0.0), Dead("hopeless")), Receiver()
     await bench.serve(there, channel, failing, "failing")
     await bench.serve(there, channel, well, "well")
     await bench.send(here, channel, b"1")
     letters = await _letters(here, channel, 1)
     _same(await _inspectable(here).replay([letters[0].id, "no-such-letter"]), 1, "how many replay() says it replayed")
-    again = (await bench.got(failing, 2))[1]
+    again = (await bench.got(failing, 3))[2]
     await bench.quiet()
     _same((again.body, again.attempt), (b"1", 1), "body and attempt of the replayed message")
     _same(len(well.messages), 1, "deliveries to the group that never failed")
