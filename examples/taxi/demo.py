@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import chdir
 from pathlib import Path
@@ -30,8 +31,10 @@ from quintet.supervisor import Process, State, running
 HERE = Path(__file__).resolve().parent
 RECORD = "record.jsonl"
 PORTS = ["PASSENGERS_PORT", "TRIPS_PORT", "BILLING_PORT", "PHONE_PORT"]
-START_LIMIT, STORY_LIMIT = 60.0, 60.0  # seconds
+START_LIMIT = 60.0  # seconds
 PASSENGER = "passenger"  # who taps on the phone: this program
+
+ORDER = ["phone", "trips", "passengers", "dispatch", "maria", "viktor", "olga", "notification", "billing"]
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -63,7 +66,7 @@ class StoryStopped(Exception):
 async def follow(record: Path, over: asyncio.Event) -> AsyncIterator[Exchange]:
     """Each exchange as it is recorded, until all is over and read."""
     decode = json.Decoder(Exchange).decode
-    with open(record, "a+b") as file:  # noqa: ASYNC230 - a line at a time, of a local file
+    with record.open("a+b") as file:
         file.seek(0)
         line = b""
         while True:
@@ -74,27 +77,26 @@ async def follow(record: Path, over: asyncio.Event) -> AsyncIterator[Exchange]:
             elif over.is_set():
                 return
             else:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.005)
 
 
 class Teller:
     """Prints the story as it happens, and remembers how far it came."""
 
     def __init__(self) -> None:
-        self.begun = 0.0
+        self.begun = time.time()
         self.last = "the passenger tapped on the phone"
 
     def tell(self, exchange: Exchange) -> None:
         sentence = STORY.get((exchange.operation, exchange.receiver))
         if sentence is None or exchange.outcome == "StillPending":
             return
-        self.begun = self.begun or exchange.started
-        colour = COLOURS[exchange.style]
         if exchange.outcome == "done":
-            self.last = sentence
+            self.last, colour = sentence, COLOURS[exchange.style]
+        elif exchange.outcome in ("late", "declined"):
+            sentence, colour = f"{sentence}: {exchange.outcome.replace('late', 'too late')}", "yellow"
         else:
-            said = {"late": "too late", "declined": "declined"}.get(exchange.outcome, f"failed: {exchange.outcome}")
-            sentence, colour = f"{sentence}: {said}", "red"
+            sentence, colour = f"{exchange.operation} failed ({exchange.outcome}) and is tried again", "red"
         way = f"{exchange.sender} → {exchange.receiver}"
         console.print(f"[dim]{exchange.ended - self.begun:7.3f} s[/]  [{colour}]{way:<24}[/]  {sentence}")
 
@@ -126,12 +128,12 @@ def free_ports() -> dict[str, str]:
             held.close()
 
 
-async def ride(phone_at: tuple[str, ...], teller: Teller) -> tuple[Receipt, list[str]]:
-    """The passenger's part: tap, ride, and see what the phone shows. Raises StoryStopped."""
+async def ride(phone_at: tuple[str, ...], teller: Teller, within: float) -> tuple[Receipt, list[str]]:
+    """The passenger's part: tap, ride for at most so many seconds, and look at the phone. Raises StoryStopped."""
     async with connect(Phone, phone_at, name=PASSENGER, policy=Policy(timeout=10.0)) as phone:
         try:
             pending = await phone.ride("p-1", "Station", "Opera")
-            return await pending.wait(STORY_LIMIT), await phone.screen()
+            return await pending.wait(within), await phone.screen()
         except QuintetError as error:
             raise StoryStopped(f"the story stopped after {teller.last!r}: {error}") from error
 
@@ -142,26 +144,30 @@ def show(receipt: Receipt, screen: list[str], drawing: Path) -> None:
     console.print(Panel.fit("\n".join([*screen, bill]), title="the phone"))
     exchanged = [exchange for exchange in read(RECORD) if exchange.sender != PASSENGER]
     console.print("What was exchanged, from the record:\n", style="bold")
-    console.print(text(exchanged, width=min(max(console.width, 100), 120)))
+    console.print(text(exchanged, width=min(max(console.width, 100), 120), order=ORDER))
     drawing.parent.mkdir(exist_ok=True)
-    drawing.write_text(svg(exchanged, title="One ride with five interaction styles"))
+    drawing.write_text(svg(exchanged, title="One ride in five interaction styles", order=ORDER))
     console.print(f"The same as a picture: {drawing}")
 
 
 def to_try(deployed: Deployment, trip_id: str) -> list[str]:
-    """What one may type now, where the deployment speaks HTTP."""
-    at = {name: next((to for to in one.at if to.startswith("http")), "") for name, one in deployed.services.items()}
-    if not at["phone"]:
-        return ["quintet call taxi.contracts:Phone.screen --to " + deployed.services["phone"].at[0]]
+    """Where everything is, and what one may type now."""
+    at = {name: service.at[0] for name, service in deployed.services.items() if service.at}
+    where = [f"  {name:<12} {address}" for name, address in at.items()]
+    if not at["phone"].startswith("http"):
+        file = f"sqlite:///{Path.cwd()}/state/taxi.db"
+        return [*where, "Try:", f"  (cd {HERE} && quintet call taxi.contracts:Phone.screen --to {file})"]
     body = json.encode({"passenger_id": "p-1", "pickup": "Station", "destination": "Airport"}).decode()
     return [
-        f"curl {at['phone']}/v1/screen",
-        f"curl -i {at['trips']}/v1/trips/{trip_id}",
-        f"curl -i {at['phone']}/v1/rides -H 'Content-Type: application/json' -d '{body}'",
+        *where,
+        "Try:",
+        f"  curl {at['phone']}/v1/screen",
+        f"  curl -i {at['trips']}/v1/trips/{trip_id}",
+        f"  curl -i {at['phone']}/v1/rides -H 'Content-Type: application/json' -d '{body}'",
     ]
 
 
-async def story(file: Path, drawing: Path, keep: bool, kills: list[str]) -> None:
+async def story(file: Path, drawing: Path, within: float, keep: bool, kills: list[str]) -> None:
     """Runs it all, with its state in the current folder. `kills`: as "billing@trips.get" on the command line."""
     teller, deployed, over = Teller(), deployment(file), asyncio.Event()
     console.print(f"Starting {len(deployed.services)} services, each its own process ...")
@@ -175,16 +181,17 @@ async def story(file: Path, drawing: Path, keep: bool, kills: list[str]) -> None
                     processes[kill.partition("@")[0]].kill()
 
         console.print("The passenger taps on the phone: from the station to the Opera, please.\n")
+        teller.begun = time.time()
         telling = asyncio.create_task(tell())
         try:
-            receipt, screen = await ride(deployed.services["phone"].at, teller)
+            receipt, screen = await ride(deployed.services["phone"].at, teller, within)
         finally:
             over.set()
             await telling
         show(receipt, screen, drawing)
         if keep:
-            console.print("\nAll of it runs on until Ctrl-C. Try:")
-            console.print("\n".join(f"  {line}" for line in to_try(deployed, receipt.trip_id)))
+            console.print("\nAll of it runs on, until Ctrl-C:")
+            console.print("\n".join(to_try(deployed, receipt.trip_id)))
             await asyncio.Event().wait()
 
 
@@ -192,6 +199,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--deployment", type=Path, default=HERE / "quintet.toml", help="where the services run")
     parser.add_argument("--svg", type=Path, default=Path(".quintet/ride.svg"), help="where the diagram is written")
+    parser.add_argument("--within", type=float, default=60.0, metavar="SECONDS", help="how long the story may take")
     parser.add_argument("--keep", action="store_true", help="leaves it all running at the end, until Ctrl-C")
     parser.add_argument(
         "--kill",
@@ -206,26 +214,20 @@ def arguments() -> argparse.Namespace:
 async def main() -> int:
     given = arguments()
     file, drawing = given.deployment.resolve(), given.svg.resolve()
-    this = asyncio.current_task()
+    this, loop = asyncio.current_task(), asyncio.get_running_loop()
     assert this is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, this.cancel)
     try:
         with TemporaryDirectory(prefix="taxi-") as folder, chdir(folder):
-            await story(file, drawing, given.keep, given.kill)
-    except StoryStopped as stopped:
-        print(f"demo: {stopped}", file=sys.stderr)
-        return 1
-    except ConfigurationError as error:
+            await story(file, drawing, given.within, given.keep, given.kill)
+        return 0
+    except asyncio.CancelledError:
+        return 130
+    except (StoryStopped, QuintetError) as error:
         print(f"demo: {error}", file=sys.stderr)
-        return 2
-    except QuintetError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 2 if isinstance(error, ConfigurationError) else 1
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(asyncio.run(main()))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(asyncio.run(main()))

@@ -138,12 +138,14 @@ def _heads(names: list[str], places: dict[str, int], total: int) -> list[str]:
         shown = _CONTROL.sub("�", name)
         start = max(0, min(places[name] - len(shown) // 2, total - len(shown)))
         for line in lines:
-            if not "".join(line[max(0, start - 1) : start + len(shown) + 1]).strip():
+            if not "".join(line[max(0, start - 1) : start + len(shown) + 1]).strip(" "):
                 break
         else:
             line = [" "] * (total + len(shown))
             lines.append(line)
         line[start : start + len(shown)] = shown
+        for below in lines[: lines.index(line)]:
+            below[places[name]] = "│"
     return ["".join(line) for line in reversed(lines)]
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -53,7 +53,7 @@ class Records(Generic[T]):
             return [self._decode(body) for (body,) in database.execute("SELECT body FROM records ORDER BY rowid")]
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self) -> Generator[sqlite3.Connection, None, None]:
         self._file.parent.mkdir(exist_ok=True)
         with closing(sqlite3.connect(self._file, isolation_level=None)) as database:
             database.execute("BEGIN IMMEDIATE")
