@@ -15,7 +15,7 @@ ABOVE = {
     "server": "sides",
     "mock": "sides",
     "__main__": "cli",
-}  # the files beside the core's that are not of it
+}  # beside the core's files, not of it
 
 MAY_IMPORT: dict[str, set[str]] = {
     "wire": {"wire", "core"},

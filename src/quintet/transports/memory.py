@@ -328,7 +328,8 @@ class Carrier(Transport):
         joined = bus.group(channel, group)
         serving = _Serving(joined, receive, limit, self.clock)
         self._servings.append(serving)
-        joined.wake()
+        if joined.waiting:
+            joined.wake()
         return serving
 
     async def _pace(self, group: _Group) -> None:
