@@ -2,7 +2,7 @@
 
 for check in CHECKS:
     if not check.missing(Carrier):
-        asyncio.run(check.run(Bench("sqlite:////tmp/check.db")))
+        asyncio.run(check.run(Bench("sqlite:///check.db")))
 """
 # ruff: noqa: S101, PT017 - plain asserts are the specification, and pytest is no dependency of ours
 

@@ -327,7 +327,7 @@ class Carrier(Transport):
             self._require(Trait.FANOUT, channel)
         joined = bus.group(channel, group)
         serving = _Serving(joined, receive, limit, self.clock)
-        self._servings.append(serving)
+        self._servings = [*(other for other in self._servings if not other.workers.stopped), serving]
         if joined.waiting:
             joined.wake()
         return serving
