@@ -64,6 +64,7 @@ class Parameter(Struct, frozen=True):
     """A parameter that travels as text."""
 
     name: str
+    key: str  # the name and "=", as they stand in a query
     type: Any  # without its None
     plain: bool  # the text is its value
     many: bool  # a repeated key
@@ -90,7 +91,9 @@ class Parameter(Struct, frozen=True):
         if wrong:
             raise ContractError(f"{operation!r}: parameter {field.name!r}: {wrong}")
         plain = first == inspect.StrType()
-        return cls(field.name, _without_none(field.type), plain, many, optional, not field.required)
+        return cls(
+            field.name, f"{quote(field.name)}=", _without_none(field.type), plain, many, optional, not field.required
+        )
 
     def read(self, given: str | list[str]) -> Any:
         """The value, from the text (of each item). Raises InvalidMessage."""
@@ -148,6 +151,8 @@ _SEGMENT = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._~-]+").fullmatch
 
 def _text(value: Any) -> str:
     """A scalar, percent-encoded (RFC 3986, section 2.1)."""
+    if type(value) is int:
+        return str(value)
     plain = value if type(value) is str else to_builtins(value)
     if type(plain) is not str:
         plain = str(plain).lower() if type(plain) is bool else str(plain)
@@ -294,9 +299,10 @@ def _on_route(channel: Channel, route: str) -> Channel:
 def _query(given: Iterable[tuple[Parameter, Any]]) -> str:
     pairs: list[str] = []
     for one, value in given:
-        if value is not None:
-            name = _text(one.name)
-            pairs += [f"{name}={_text(item)}" for item in (value if one.many else (value,))]
+        if one.many and value is not None:
+            pairs += [one.key + _text(item) for item in value]
+        elif value is not None:
+            pairs.append(one.key + _text(value))
     return "&".join(pairs)
 
 
