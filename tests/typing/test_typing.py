@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -22,6 +23,8 @@ def mypy(folder: Path) -> dict[str, dict[int, str]]:
     """The errors by file name and line."""
     (folder / "mypy.ini").write_text("[mypy]\nstrict = True\n")
     done = _run(["mypy", "--output", "json", RIGHT.name, WRONG.name], folder)
+    if "No module named mypy" in done.stderr:
+        unavailable("mypy is not installed: make lint installs it")
     assert done.returncode in (0, 1), done.stdout + done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return _by_file((e["file"], e["line"], e["message"]) for e in found if e["severity"] == "error")
@@ -35,13 +38,16 @@ def pyright(folder: Path) -> dict[str, dict[int, str]]:
     try:
         report = json.loads(done.stdout)
     except ValueError:  # the Python package is a wrapper, which fetches pyright itself when it first runs
-        reason = f"pyright could not be installed: {(done.stderr or done.stdout).strip()[-300:]}"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        unavailable(f"pyright could not be installed: {(done.stderr or done.stdout).strip()[-300:]}")
     assert report["summary"]["filesAnalyzed"] == 2
     errors = [e for e in report["generalDiagnostics"] if e["severity"] == "error"]
     return _by_file((e["file"], e["range"]["start"]["line"] + 1, e["message"]) for e in errors)
+
+
+def unavailable(reason: str) -> NoReturn:
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
