@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from quintet.errors import AddressError, ConfigurationError
 from quintet.format import format_named
-from quintet.transport import carrier, parse_address
+from quintet.transport import open_address, parse_address
 
 FILE = "quintet.toml"
 
@@ -129,7 +129,7 @@ class _Table:
         found = tuple(self._string(key, text) for text in ([value] if isinstance(value, str) else value))
         for text in found:
             try:
-                carrier(parse_address(text))
+                open_address(text)  # only taken apart and checked, not opened
             except AddressError as error:
                 raise ConfigurationError(f"{self._place}: {key}: {error}") from None
         return found

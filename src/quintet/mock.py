@@ -12,7 +12,7 @@ import random
 import tomllib
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -27,7 +27,7 @@ from quintet.server import Service
 
 AnyOperation: TypeAlias = Operation[Any, Any, Any]
 regex: Any = importlib.import_module("re._parser")  # the standard library has no public door to a pattern's parts
-EPOCH = datetime(2026, 1, 1, tzinfo=UTC)  # made-up moments fall into the year after it
+EPOCH = datetime(2026, 1, 1)  # made-up moments fall into the year after it
 
 
 class Case(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -188,7 +188,7 @@ class _Maker:
             case kinds.BoolType():
                 return chance.random() < 0.5
             case kinds.IntType():
-                return self._integer(kind)
+                return self._integer(kind, name)
             case kinds.FloatType():
                 low, high = _bounds(kind, 0.0, 100.0, 0.01)
                 return round(chance.uniform(low, high), 2) if high - low > 1 else chance.uniform(low, high)
@@ -268,10 +268,13 @@ class _Maker:
                 raise
             return []
 
-    def _integer(self, kind: kinds.IntType) -> int:
+    def _integer(self, kind: kinds.IntType, name: str) -> int:
         low, high = _bounds(kind, 0, 999, 1)
         step = kind.multiple_of or 1
-        return int(self._chance.randint(math.ceil(low / step), math.floor(high / step)) * step)
+        least, most = math.ceil(low / step), math.floor(high / step)
+        if least > most:
+            raise ConfigurationError(f"no number can be made up for {name}: its constraints leave none")
+        return int(self._chance.randint(least, most) * step)
 
     def _text(self, kind: kinds.StrType, name: str) -> str:
         if kind.pattern is not None:

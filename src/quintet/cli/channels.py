@@ -28,9 +28,9 @@ Examples:
 DEAD_EXAMPLES = """\b
 Examples:
   quintet dead list --at sqlite:///rides.db
-  quintet dead show 5f1c-0 --at sqlite:///rides.db
+  quintet dead show 7 --at sqlite:///rides.db
   quintet dead replay --all --channel trips.v1.created --at sqlite:///rides.db
-  quintet dead drop 5f1c-0 5f1c-3 --at sqlite:///rides.db
+  quintet dead drop 7 9 --at sqlite:///rides.db
 """
 BATCH = 100  # dead letters that are replayed or dropped in one step: between two the progress is shown
 
@@ -186,6 +186,8 @@ async def _each_batch(verb: str, at: str, ids: list[str], everything: bool, chan
             await asyncio.sleep(0)  # a Ctrl-C is heard between two batches
     done = "replayed" if verb == "replay" else "dropped"
     print(msgspec.json.encode({done: total}).decode() if json else f"{total} {done}")
+    if total < len(chosen):
+        _note(f"{len(chosen) - total} are left: taken by another, or the service that failed on them is known no more")
 
 
 async def _chosen(transport: _Inspected, ids: list[str], everything: bool, channel: str) -> Sequence[DeadLetter]:

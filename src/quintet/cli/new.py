@@ -158,9 +158,7 @@ testpaths = ["tests"]
 pythonpath = ["."]
 """,
     ".gitignore": """.quintet/
-*.db
-*.db-shm
-*.db-wal
+*.db*
 __pycache__/
 """,
     "README.md": """# NAME

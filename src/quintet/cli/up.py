@@ -9,8 +9,6 @@ import signal
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from quintet.cli.exits import Exit, run
 from quintet.cli.serve import stop_signals
@@ -73,7 +71,7 @@ async def _up(processes: Processes, log: _Log, within: float, grace: float) -> N
         ended.cancel()
     finally:
         asked.cancel()
-        log.note("stopping")
+        log.note("stopping all")
         await processes.stop(grace)
     if cut:
         raise typer.Exit(cut)
@@ -85,6 +83,8 @@ class _Log:
     """What all processes write, each line behind its process's name in its own colour."""
 
     def __init__(self, json: bool) -> None:
+        from rich.console import Console  # here and below: it takes longer to import than `quintet --help` may last
+
         self._json = json
         self._console = Console(highlight=False, soft_wrap=True)
         self._colours: dict[str, str] = {}
@@ -103,6 +103,8 @@ class _Log:
             self._console.file.write(standard_json.dumps({"process": name, "line": text}) + "\n")
             self._console.file.flush()
             return
+        from rich.text import Text
+
         prefix = Text(f"{name:<{self._width}} | ", style=self._colours.get(name, "bold"))
         self._console.print(prefix + Text.from_ansi(text))
 
