@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from rides import Fares, Place, Trip, Trips
+from trips_contract import Fares, Place, Trip, Trips
 
 from quintet import (
     AddressError,

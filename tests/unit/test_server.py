@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rides import Busy, Fares, NoSuchTrip, Place, Trip, Trips
+from trips_contract import Busy, Fares, NoSuchTrip, Place, Trip, Trips
 
 from quintet import (
     CannotCarry,
