@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ async def opened(folder: Path, options: str = "", clock: Clock = SYSTEM) -> Asyn
         yield carrier
     finally:
         await carrier.close()
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """A test that never comes to its end fails."""
+    asyncio.run(asyncio.wait_for(main(), 40))
 
 
 async def until(holds: Callable[[], bool], clock: Clock = SYSTEM) -> None:
@@ -130,7 +135,11 @@ class Process:
         return found
 
     async def says(self) -> dict[str, Any]:
-        return await asyncio.wait_for(asyncio.to_thread(self._line), 10)
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(self._line), 10)
+        except BaseException:
+            self.process.kill()  # the thread that reads ends with it
+            raise
 
     async def ready(self) -> None:
         assert await self.says() == {"ready": True}
@@ -180,7 +189,7 @@ def test_what_a_killed_consumer_had_in_work_comes_again_and_nothing_is_lost(
             attempts = {m.body.decode(): m.attempt for m in receiver.messages}
             assert {body for body, attempt in attempts.items() if attempt == 2} == set(begun)
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_a_message_sent_to_a_receiver_that_has_just_been_killed_is_what_finds_it_dead(
@@ -200,7 +209,7 @@ def test_a_message_sent_to_a_receiver_that_has_just_been_killed_is_what_finds_it
             await until(lambda: len(receiver.messages) == 2)
             assert sorted(receiver.bodies) == [b"1", b"2"]
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_what_a_killed_producer_had_accepted_is_there(tmp_path: Path, start: Callable[..., Process]) -> None:
@@ -215,7 +224,7 @@ def test_what_a_killed_producer_had_accepted_is_there(tmp_path: Path, start: Cal
             await until(lambda: {body.decode() for body in receiver.bodies} >= accepted)
             assert len(set(receiver.bodies)) == len(receiver.bodies), "something was stored twice"
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_processes_share_a_file_and_every_message_is_handled_once(
@@ -235,7 +244,7 @@ def test_processes_share_a_file_and_every_message_is_handled_once(
         assert sorted(line["body"] for line in said) == sorted(bodies)
         assert {line["attempt"] for line in said} == {1}
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_a_message_that_crashes_its_receivers_dies_and_takes_no_other_with_it(
@@ -264,7 +273,7 @@ def test_a_message_that_crashes_its_receivers_dies_and_takes_no_other_with_it(
             assert (letter.reason, letter.attempts) == ("its receivers crashed 3 times with it in work", 3)
             assert sorted(handled) == ["0", "1", "2", "3", "4"]
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_the_temporary_group_of_a_killed_process_is_removed_and_the_lasting_one_keeps_its_copies(
@@ -283,7 +292,7 @@ def test_the_temporary_group_of_a_killed_process_is_removed_and_the_lasting_one_
             await carrier.send(message(b"1", EVENT))
             assert [(state.group, state.waiting) for state in await carrier.channels()] == [("taken", 1)]
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_a_temporary_channel_whose_holder_was_killed_drops_what_is_sent_there(
@@ -302,7 +311,7 @@ def test_a_temporary_channel_whose_holder_was_killed_drops_what_is_sent_there(
             await carrier.send(message(b"3", replies))
             assert list(await carrier.channels()) == []
 
-    asyncio.run(main())
+    run(main)
 
 
 # Leases
@@ -336,7 +345,7 @@ def test_the_lease_of_a_long_handler_is_renewed_and_ends_with_its_receiver(tmp_p
             await until(lambda: len(slow.messages) + len(other.messages) >= 3, alive)
             assert (await two.channels())[0].in_work <= 1
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_a_receiver_that_was_thought_dead_has_its_temporary_channel_again(tmp_path: Path) -> None:
@@ -354,7 +363,7 @@ def test_a_receiver_that_was_thought_dead_has_its_temporary_channel_again(tmp_pa
             await carrier.send(message(b"1", replies))
             await until(lambda: receiver.bodies == [b"1"], clock)
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_a_tail_goes_on_after_its_process_was_thought_dead(tmp_path: Path) -> None:
@@ -373,7 +382,7 @@ def test_a_tail_goes_on_after_its_process_was_thought_dead(tmp_path: Path) -> No
             await tail.aclose()
             assert await asyncio.wait_for(last, 5) is None
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_a_cancelled_receiver_gives_its_message_back(tmp_path: Path) -> None:
@@ -388,7 +397,7 @@ def test_a_cancelled_receiver_gives_its_message_back(tmp_path: Path) -> None:
             await until(lambda: len(other.messages) == 1)
             assert other.messages[0].attempt == 2
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_a_receiver_that_raises_has_its_message_again_and_the_fault_is_reported(tmp_path: Path) -> None:
@@ -406,7 +415,7 @@ def test_a_receiver_that_raises_has_its_message_again_and_the_fault_is_reported(
             assert clock.now() - before >= UNFINISHED_AFTER - 0.1
             assert [str(context["exception"]) for context in reported] == ["a fault in the core"]
 
-    asyncio.run(main())
+    run(main)
 
 
 # Delays, order, bounds
@@ -428,7 +437,7 @@ def test_again_waits_as_long_as_it_says_and_no_longer(tmp_path: Path) -> None:
             await until(lambda: len(receiver.messages) == 3)
             assert [m.attempt for m in receiver.messages] == [1, 2, 3]
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_a_failing_message_holds_back_its_key_only_and_for_all_processes(tmp_path: Path) -> None:
@@ -462,7 +471,24 @@ def test_a_failing_message_holds_back_its_key_only_and_for_all_processes(tmp_pat
                 (b"a3", 1),
             ]
 
-    asyncio.run(main())
+    run(main)
+
+
+def test_messages_of_one_key_that_share_a_transaction_are_handled_one_at_a_time(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as carrier:
+            receiver = Receiver(hold=True)
+            bodies = [b"%02d" % number for number in range(10)]
+            await asyncio.gather(*(carrier.send(message(body, key="a")) for body in bodies))
+            await carrier.serve(WORK, receiver, "")
+            await carrier.send(message(b"other", key="b"))
+            await until(lambda: b"other" in receiver.bodies)
+            assert receiver.bodies == [b"00", b"other"]
+            receiver.release()
+            await until(lambda: len(receiver.messages) == 11)
+            assert [body for body in receiver.bodies if body != b"other"] == bodies
+
+    run(main)
 
 
 def test_what_came_is_in_order_also_where_a_receiver_gave_it_back(tmp_path: Path) -> None:
@@ -480,7 +506,7 @@ def test_what_came_is_in_order_also_where_a_receiver_gave_it_back(tmp_path: Path
             first = [m.body for m in receiver.messages if m.attempt == 1]
             assert first == sorted(first)
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_the_copy_of_a_full_group_is_a_dead_letter_that_says_why(tmp_path: Path) -> None:
@@ -505,7 +531,7 @@ def test_the_copy_of_a_full_group_is_a_dead_letter_that_says_why(tmp_path: Path)
             await until(lambda: len(receiver.messages) == 4)
             assert receiver.bodies == [b"0", b"1", b"2", b"3"]
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_room_in_a_channel_is_counted_right_whatever_becomes_of_its_messages(tmp_path: Path) -> None:
@@ -528,7 +554,7 @@ def test_room_in_a_channel_is_counted_right_whatever_becomes_of_its_messages(tmp
             with pytest.raises(ChannelFull):
                 await carrier.send(message(b"6"))
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_what_is_done_is_retained_as_long_as_asked_for(tmp_path: Path) -> None:
@@ -547,7 +573,7 @@ def test_what_is_done_is_retained_as_long_as_asked_for(tmp_path: Path) -> None:
                 await clock.advance(1)
                 assert clock.now() < 1_100, "it is retained for ever"
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_two_receivers_that_are_never_done_with_all_have_their_share(tmp_path: Path) -> None:
@@ -560,7 +586,7 @@ def test_two_receivers_that_are_never_done_with_all_have_their_share(tmp_path: P
             await two.serve(WORK, second, "", limit=10)
             await until(lambda: first.in_work == 10 and second.in_work == 10)
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_durable_sends_wait_for_the_disk_unless_told_otherwise_and_others_do_not(tmp_path: Path) -> None:
@@ -595,7 +621,7 @@ def test_a_full_disk_refuses_the_send_and_loses_nothing(tmp_path: Path) -> None:
             await until(lambda: len(receiver.messages) == 2)
             assert receiver.bodies == [b"before", b"after"]
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_a_verdict_that_cannot_be_written_now_is_written_later(tmp_path: Path) -> None:
@@ -618,7 +644,7 @@ def test_a_verdict_that_cannot_be_written_now_is_written_later(tmp_path: Path) -
                 await clock.advance(1)
             assert len(receiver.messages) == 1
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_a_row_that_cannot_be_read_is_a_dead_letter_and_the_next_goes_on(tmp_path: Path) -> None:
@@ -638,7 +664,7 @@ def test_a_row_that_cannot_be_read_is_a_dead_letter_and_the_next_goes_on(tmp_pat
             (letter,) = await carrier.dead()
             assert "cannot be read" in letter.reason
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_a_damaged_file_refuses_a_send_as_unavailable(tmp_path: Path) -> None:
@@ -659,7 +685,7 @@ def test_a_damaged_file_refuses_a_send_as_unavailable(tmp_path: Path) -> None:
                 await carrier.send(message(b"2"))
             await carrier.close()
 
-    asyncio.run(main())
+    run(main)
 
 
 def test_wrong_options_are_refused_with_what_to_write() -> None:
@@ -690,4 +716,4 @@ def test_sending_before_open_and_after_close_is_refused(tmp_path: Path) -> None:
         await carrier.close()
         assert sorted(os.listdir(tmp_path)) == ["broker.db"]  # noqa: PTH208
 
-    asyncio.run(main())
+    run(main)

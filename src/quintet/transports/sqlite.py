@@ -350,8 +350,6 @@ class _Serving:
             written = self.carrier.settle(settle)
             self._written.add(written)
             written.add_done_callback(self._written.discard)
-            if settle.again and not self._stopping:
-                self._pump_at(settle.now + min(after for after, _ in settle.again))
         self._claim_more()  # in the same transaction
 
     # Ending
