@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import re
@@ -195,6 +196,13 @@ class Operation(Generic[P, R, S]):
         self.parent: Any = None  # of a companion: the async request that it belongs to
         self.idempotent = idempotent if idempotent is not None else verb in ("GET", "PUT", "DELETE")
 
+    def _owned_by(self, contract: type[Contract]) -> Operation[P, R, S]:
+        mine: Operation[P, R, S] = copy.copy(self)
+        for compiled in ("channel", "record", "companions", "result"):  # what carries the contract's name
+            mine.__dict__.pop(compiled, None)
+        mine.contract = contract
+        return mine
+
     def __set_name__(self, owner: type[Contract], name: str) -> None:
         self.contract, self.name = owner, name
 
@@ -376,6 +384,10 @@ class Contract:
             for attribute, value in vars(parent).items()
             if isinstance(value, Operation)
         }
+        for attribute, operation in operations.items():
+            if operation.contract is not cls:  # an extended contract speaks for itself, on channels of its own
+                operations[attribute] = operation._owned_by(cls)
+                setattr(cls, attribute, operations[attribute])
         cls.__quintet__ = ContractInfo(name, version, int(matched[1]), http_level, operations)
 
     def __init__(self) -> None:

@@ -512,3 +512,15 @@ def test_an_operation_may_be_declared_in_each_way() -> None:
     assert isinstance(bare, Operation)
     assert isinstance(bracketed, Operation)
     assert (bare.faults, bracketed.faults) == ((), ())
+
+
+def test_a_contract_that_extends_another_speaks_on_channels_of_its_own() -> None:
+    class More(Trips, name="more", version="3.0"):
+        @request
+        async def extra(self) -> None: ...
+
+    assert More.get.full_name == "more.get"
+    assert More.get.channel.name == "more.v3.get"
+    assert More.get.record is not Trips.get.record
+    assert Trips.get.channel.name == "trips.v2.get"
+    assert "extra" in check(More).operations
