@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import socket
+import struct
 import subprocess
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
@@ -227,6 +228,30 @@ def test_no_more_connections_are_opened_than_allowed_and_a_cancelled_call_gives_
     run(main())
 
 
+def test_a_call_that_is_cancelled_as_its_turn_comes_passes_it_on(run: Run) -> None:
+    async def main() -> None:
+        receive = Echo(hold=True)
+        async with server(receive) as served, client(f"{served.address}?connections=1") as here:
+
+            async def first() -> None:
+                await here.send(echo())
+                second.cancel()  # it has been given the connection by now, and not yet noticed
+
+            before = asyncio.create_task(first())
+            await receive.begun.acquire()
+            second = asyncio.create_task(here.send(echo()))
+            third = asyncio.create_task(here.send(echo(b"3")))
+            await until(lambda: len(here._pool._waiting) == 2)
+            receive.let_go.set()
+            reply = await third
+            assert reply is not None
+            assert reply.body == b"3"
+            await before
+            assert second.cancelled()
+
+    run(main())
+
+
 def test_at_most_limit_requests_are_in_work_and_the_others_wait(run: Run) -> None:
     async def main() -> None:
         receive = Echo(hold=True)
@@ -239,6 +264,25 @@ def test_at_most_limit_requests_are_in_work_and_the_others_wait(run: Run) -> Non
             assert len(receive.seen) == 2
             receive.let_go.set()
             assert len(await asyncio.gather(*calls)) == len(receive.seen) == 5
+
+    run(main())
+
+
+def test_work_whose_caller_left_while_it_waited_is_not_begun(run: Run) -> None:
+    async def main() -> None:
+        receive = Echo(hold=True)
+        async with server(receive, limit=1) as served, client(served.address) as here:
+            first = asyncio.create_task(here.send(echo()))
+            await receive.begun.acquire()
+            with socket.create_connection(("127.0.0.1", served.address.port or 0)) as second:
+                second.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes by a reset
+                second.sendall(request(body=b"2"))
+                await until(lambda: sum(c._busy for c in served._server.connections) == 2)
+            await until(lambda: len(served._server.connections) == 1)
+            receive.let_go.set()
+            assert await first
+            assert await here.send(echo(b"3"))
+            assert [message.body for message in receive.seen] == [b"", b"3"]
 
     run(main())
 
@@ -437,6 +481,19 @@ def test_pipelined_requests_are_answered_in_order_one_at_a_time(run: Run) -> Non
             answer = await answering
             assert answer.count(b"HTTP/1.1 ") == 901
             assert answer.index(b"<1>") < answer.index(b"<2>") < answer.index(b"<898>") < answer.index(b"end")
+
+    run(main())
+
+
+def test_a_connection_goes_on_after_pipelined_requests(run: Run) -> None:
+    async def main() -> None:
+        async with server(Echo()) as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.address.port, limit=2**24)
+            writer.write(request("GET /nope") * 3000 + request(body=b"end"))
+            await reader.readuntil(b"end")
+            writer.write(request("POST /v1/echo/a", b"more", CLOSE))
+            assert (await reader.read()).endswith(b"more")
+            writer.close()
 
     run(main())
 
@@ -741,8 +798,10 @@ def test_bytes_that_nobody_asked_for_end_an_idle_connection(run: Run) -> None:
         await reader.read()
 
     said = asyncio.Event()
+    told: list[dict[str, Any]] = []
 
     async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
         async with scripted(talkative) as address, client(address) as here:
             for _ in range(2):
                 said.clear()
@@ -751,6 +810,7 @@ def test_bytes_that_nobody_asked_for_end_an_idle_connection(run: Run) -> None:
                 assert reply.body == b"ok"
                 said.set()
                 await until(lambda: not here._pool._connections)
+            assert told == []
 
     run(main())
 

@@ -72,6 +72,11 @@ def test_a_literal_segment_beats_a_parameter_and_a_dead_end_goes_back_to_the_par
     assert found.find("GET", "/trips/latest/stops") == ("GET /trips/{id}/stops", {":param-id": "latest"})
 
 
+def test_what_a_dead_end_took_for_a_parameter_is_forgotten() -> None:
+    found = router("GET /a/{x}/end", "GET /{y}/{z}/other")
+    assert found.find("GET", "/a/1/other")[1] == {":param-y": "a", ":param-z": "1"}
+
+
 def test_a_parameter_is_percent_decoded_after_the_path_is_split() -> None:
     found = router("GET /files/{name}/{part}")
     assert found.find("GET", "/files/a%2Fb%20c/%C3%BC")[1] == {":param-name": "a/b c", ":param-part": "ü"}
@@ -361,6 +366,12 @@ def test_a_response_is_read_however_it_is_cut(
         response = seen[-1]
         assert response is not None
         assert (response.status, response.body, response.keep_alive) == (status, body, keep_alive)
+
+
+def test_the_headers_are_those_of_the_final_response() -> None:
+    response = parse(b"HTTP/1.1 103 Hints\r\nLink: a\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\nX: y\r\n\r\na")
+    assert response is not None
+    assert response.headers == {"content-length": "1", "x": "y"}
 
 
 def test_a_body_without_a_length_ends_with_the_connection() -> None:
