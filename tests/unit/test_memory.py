@@ -150,6 +150,15 @@ async def test_what_a_receiver_was_woken_for_goes_to_another_where_it_stops_firs
     assert (len(first.messages), len(second.messages)) == (0, 1)
 
 
+async def test_a_buffer_that_the_sender_writes_into_later_arrives_as_it_was() -> None:
+    transport, receiver, body = await opened(), Receiver(), bytearray(b"sent")
+    await transport.serve(WORK, receiver, "group")
+    await transport.send(Message(channel=WORK, body=body))  # type: ignore[arg-type]
+    body[:] = b"late"
+    await FakeClock().settle()
+    assert receiver.bodies == [b"sent"]
+
+
 async def test_a_cancelled_receiver_has_its_message_again_after_a_second() -> None:
     clock = FakeClock()
     transport, attempts = await opened(clock=clock), list[int]()

@@ -160,7 +160,7 @@ class _Group:
             return
         if self.temporary:
             self.bus.forget(self)
-        if Trait.REPLIES in self.bus.traits:
+        if self.bus.replies:
             for entry in list(self.waiting):
                 self.finish(entry, Unavailable(f"nobody serves {self.channel} any more"))
             self.waiting.clear()
@@ -171,7 +171,8 @@ class _Bus:
 
     def __init__(self, traits: frozenset[Trait]) -> None:
         self.traits = traits
-        self.ordered = Trait.ORDERED in traits
+        self.ordered = Trait.ORDERED in traits  # asked for each message, and an Enum's hash is slow
+        self.replies = Trait.REPLIES in traits
         self.queues: dict[str, _Group] = {}  # point-to-point: one group without a name
         self.groups: dict[str, dict[str, _Group]] = {}  # fan-out: by channel and group
         self.dead: dict[str, tuple[_Group, DeadLetter]] = {}
@@ -304,7 +305,7 @@ class Carrier(Transport):
             return None
         queue = bus.queues.get(channel.name)
         if queue is None or not queue.servings:
-            if Trait.REPLIES in bus.traits:
+            if bus.replies:
                 raise Unavailable(f"nobody serves {channel.name} at {self.address}")
             if channel.temporary:
                 return None  # its holder is gone, and with it all interest in the message
@@ -312,7 +313,7 @@ class Carrier(Transport):
         if queue.size >= self.capacity:
             raise ChannelFull(f"{channel.name} at {self.address} has {queue.size} messages, as many as it may")
         entry = _Entry(_fresh(message), now)
-        if Trait.REPLIES in bus.traits:
+        if bus.replies:
             entry.replied = asyncio.get_running_loop().create_future()
         queue.put(entry)
         if entry.replied is not None:
@@ -433,4 +434,7 @@ class _Tail:
 
 def _fresh(message: Message) -> Message:
     """A copy that shares nothing that can change, as a message from the wire would."""
-    return structs.replace(message, body=bytes(message.body), headers=message.headers.copy(), until=None)
+    fresh = structs.replace(message, headers=message.headers.copy(), until=None)
+    if type(fresh.body) is not bytes:
+        fresh.body = bytes(fresh.body)  # a buffer that its sender may write into
+    return fresh
