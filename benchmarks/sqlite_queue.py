@@ -42,7 +42,7 @@ async def produce(address: str, seconds: float) -> dict[str, float]:
     sent = sum(await asyncio.gather(*(sender() for _ in range(SENDERS))))
     took = time.monotonic() - begun
     await transport.close()
-    return {"sent": sent, "seconds": took, "cpu": time.process_time()}
+    return {"sent": sent, "begun": begun, "seconds": took, "cpu": time.process_time()}
 
 
 async def consume(address: str) -> dict[str, float]:
@@ -121,13 +121,12 @@ def run(seconds: float = 3.0) -> dict[str, object]:
         consumers = [stack.enter_context(start("consume", address)) for _ in range(2)]
         for consumer in consumers:
             awaited(consumer)
-        begun = time.monotonic()
         produced = result(start("produce", address, str(seconds)))
         time.sleep(0.5)
         size = sum(path.stat().st_size for path in Path(folder).glob("bench.db*")) / 1e6
         consumed = [result(consumer) for consumer in consumers]
         handled = sum(one["handled"] for one in consumed)
-        lasted = max(one["last"] for one in consumed) - begun
+        lasted = max(one["last"] for one in consumed) - produced["begun"]
 
         waiting = stack.enter_context(start("idle", address))
         awaited(waiting)

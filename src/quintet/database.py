@@ -139,7 +139,7 @@ class Database:
         kept = [pair for pair in self._listeners.pop(topic, []) if pair[1] != callback]
         if kept:
             self._listeners[topic] = kept
-        return self.submit(_FORGET, topic if not kept else "")
+        return self.submit(self._forget, topic)
 
     def enrol(self) -> Awaitable[None]:
         """Writes this process and its topics into the file again, after others thought it dead."""
@@ -334,6 +334,12 @@ class Database:
         transaction.many("INSERT OR IGNORE INTO quintet_listener VALUES (?, ?)", rows)
         return arguments
 
+    def _forget(self, transaction: Transaction, topics: list[str]) -> list[None]:
+        sql = "DELETE FROM quintet_listener WHERE topic = ? AND address = ?"
+        rows = [(topic, transaction.address) for topic in topics if topic not in self._listeners]
+        transaction.many(sql, rows)
+        return [None] * len(topics)
+
     def _bury(self, transaction: Transaction, arguments: list[None]) -> list[None]:
         for (address,) in transaction.execute("SELECT address FROM quintet_process"):
             if address != transaction.address and not _poke(self._socket, address, _PROBE):
@@ -354,13 +360,6 @@ _PRAGMAS = (
 
 def _leave(transaction: Transaction) -> None:
     transaction.execute("DELETE FROM quintet_process WHERE address = ?", transaction.address)
-
-
-def _forget(transaction: Transaction, topic: str) -> None:
-    transaction.execute("DELETE FROM quintet_listener WHERE topic = ? AND address = ?", topic, transaction.address)
-
-
-_FORGET = one_by_one(_forget)
 
 
 def _resolve(outcomes: list[Outcome]) -> None:

@@ -140,6 +140,23 @@ def test_a_note_calls_listeners_after_the_commit_and_no_others(tmp_path: Path) -
     asyncio.run(main())
 
 
+def test_who_listens_anew_in_the_turn_in_which_another_ends_is_called_by_other_processes_too(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(tmp_path / "a.db") as database:
+            old, new = asyncio.Queue[str](), asyncio.Queue[str]()
+            await database.listen("words", old.put_nowait)
+            await asyncio.gather(
+                database.listen("else", old.put_nowait),
+                database.unlisten("words", old.put_nowait),
+                database.listen("words", new.put_nowait),
+            )
+            await database.submit(tell, "1")
+            assert await asyncio.wait_for(new.get(), 5) == "1"
+            assert old.empty()
+
+    asyncio.run(main())
+
+
 def test_durable_work_is_synced_to_disk_and_other_work_is_not(tmp_path: Path) -> None:
     @one_by_one
     def synchronous(transaction: Transaction, _: None) -> int:
