@@ -78,7 +78,8 @@ def participants(found: Iterable[Arrow]) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds >= 0.01 else f"{max(seconds, 0) * 1000:.1f} ms"
+    milliseconds = max(seconds, 0) * 1000
+    return f"{milliseconds:.0f} ms" if milliseconds >= 9.95 else f"{milliseconds:.1f} ms"
 
 
 # --- in the terminal

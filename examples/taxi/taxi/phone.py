@@ -35,7 +35,7 @@ async def ride(passenger_id: str, pickup: str, destination: str) -> Receipt:
 
 async def told(trip_id: str, progress: Progress) -> None:
     """Waits until this has been shown. Raises TimeoutError, and then the ride starts over."""
-    async with asyncio.timeout(10.0), news:
+    async with asyncio.timeout(5.0), news:
         while await shown.get(f"{trip_id} {progress.value}") is None:
             await news.wait()
 
