@@ -45,6 +45,8 @@ def imports(file: Path) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and node.module == "quintet":  # a file of ours, or a name out of __init__
+            names = [f"quintet.{a.name}" if (ROOT / f"{a.name}.py").exists() else "quintet" for a in node.names]
         names += [a.name for a in node.names if a.name.count(".") > 1] if isinstance(node, ast.Import) else []
         found |= {room(name.split(".")[1:]) for name in names if name.split(".")[0] == "quintet"}
     return found
