@@ -489,7 +489,7 @@ def test_a_connection_goes_on_after_pipelined_requests(run: Run) -> None:
     async def main() -> None:
         async with server(Echo()) as served:
             reader, writer = await asyncio.open_connection("127.0.0.1", served.address.port, limit=2**24)
-            writer.write(request("GET /nope") * 3000 + request(body=b"end"))
+            writer.write(request(body=b"first") + request("GET /nope") * 3000 + request(body=b"end"))
             await reader.readuntil(b"end")
             writer.write(request("POST /v1/echo/a", b"more", CLOSE))
             assert (await reader.read()).endswith(b"more")

@@ -1,7 +1,7 @@
 """HTTP/1.1 on httptools, the parser of uvicorn: a server inside the service's own loop, and a pool of connections.
 
 uvicorn's own connection was tried: its ASGI cycle costs as much again as all of this, a head may be endless in it and
-a slow client stay for ever. granian costs twice as much, and lives in threads.
+a slow client stay for ever. granian, embedded, costs twice what uvicorn does.
 
 Options of an address: `max_body` (bytes of a body, both ways), `request_timeout` (seconds a client may take to send a
 request or to read its answer), `keep_alive` (seconds a served connection may idle), `connections` (how many a client
