@@ -8,17 +8,20 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from msgspec import structs
+
 from quintet.binding import PENDING, Bound, bind, fill_link
 from quintet.call import DEFAULTS, Call, Options, Pending, PendingCall, Reply
 from quintet.clock import SYSTEM, Clock
 from quintet.context import CURRENT
-from quintet.contract import FANOUT, NEEDS, Contract, Operation, Style, check
+from quintet.contract import FANOUT, NEEDS, Contract, Fault, Operation, Style, check
 from quintet.errors import CallError, CannotCarry, ConnectionLost, DeadlineExceeded, Safety
-from quintet.filter import Guarded, chain, client_filters
+from quintet.fallback import Fallbacks, what_was_asked
+from quintet.filter import Guarded, State, client_chain
 from quintet.message import Handler, Message, new_id
 from quintet.policy import Policies, resolve
 from quintet.replies import Replies
-from quintet.transport import Trait, Transport, open_address
+from quintet.transport import Trait, Transport, open_address, parse_address
 
 C = TypeVar("C", bound=Contract)
 
@@ -74,6 +77,13 @@ class Carriers:
             f"{operation!r} ({operation.style.value}) cannot be carried: {'; '.join(lacking) or 'no address was given'}"
         )
 
+    async def instances(self, operation: Operation[Any, Any, Any], addresses: Sequence[str]) -> list[Transport]:
+        """The chosen transport, and those at the other addresses of its scheme: instances of one service."""
+        chosen = await self.choose(operation, addresses)
+        same = [address for address in addresses if parse_address(address).scheme == chosen.address.scheme]
+        found = [await self.reach(address) for address in same]
+        return [transport for transport in found if not NEEDS[operation.style] - transport.traits]
+
     async def close(self) -> None:
         await self._stack.aclose()
 
@@ -85,7 +95,7 @@ class Sender:
         self,
         operation: Operation[Any, Any, Any],
         bound: Bound,
-        exchange: Handler,
+        exchanges: Sequence[Handler],
         guarded: Guarded,
         sender: str,
     ) -> None:
@@ -97,15 +107,7 @@ class Sender:
         self.clock = guarded.clock
         self.patience = guarded.policy.timeout or 1.0  # beside the wait that a pending answer's request asks for
 
-        async def exchange_or_raise(message: Message) -> Message | None:
-            reply = await exchange(message)
-            if reply is not None and reply.status:
-                failure = bound.failure(reply)  # an exception again, inside the filters: retry and breaker must see it
-                if failure is not None:
-                    raise failure
-            return reply
-
-        self.send = chain(client_filters(guarded), exchange_or_raise)
+        self.send = client_chain(guarded, [_raising(exchange, bound) for exchange in exchanges])
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options = DEFAULTS) -> Message:
         """The call as a message. Raises TypeError for arguments that are not the operation's."""
@@ -134,18 +136,40 @@ class Sender:
         return message
 
 
+def _raising(exchange: Handler, bound: Bound) -> Handler:
+    async def exchange_or_raise(message: Message) -> Message | None:
+        reply = await exchange(message)
+        if reply is not None and reply.status:
+            failure = bound.failure(reply)  # an exception again, inside the filters: retry and breaker must see it
+            if failure is not None:
+                raise failure
+        return reply
+
+    return exchange_or_raise
+
+
 class Line:
     """An operation of a connected client (call.Line)."""
 
-    def __init__(self, sender: Sender, lines: Mapping[str, Line], companions: tuple[Sender, Sender] | None) -> None:
+    def __init__(
+        self,
+        sender: Sender,
+        lines: Mapping[str, Line],
+        companions: tuple[Sender, Sender] | None,
+        guarded: Guarded,
+        fallback: Sequence[Any],
+    ) -> None:
         self.name = sender.operation.full_name
         self.sender = sender
         self._lines = lines
         self._companions = companions
         self._waits = sender.operation.style is Style.REQUEST
+        self._fallbacks = Fallbacks(guarded, fallback, self._read) if fallback else None
 
     async def value(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
         message = self.sender.prepare(args, kwargs, options)
+        if self._fallbacks:
+            return (await self._answer(self._fallbacks, message, args, kwargs)).value
         reply = await self.sender.send(message)
         if self._waits:
             return self.sender.bound.result(_there(reply, self.name))
@@ -153,15 +177,34 @@ class Line:
 
     async def reply(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Reply[Any]:
         message = self.sender.prepare(args, kwargs, options)
+        if self._fallbacks:
+            return await self._answer(self._fallbacks, message, args, kwargs)
         reply = await self.sender.send(message)
         if not self._waits:
             return Reply(Pending(self, message.id) if self._companions else None, reply.headers if reply else {})
-        reply = _there(reply, self.name)
+        return self._read(_there(reply, self.name))
+
+    async def _answer(
+        self, fallbacks: Fallbacks, message: Message, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Reply[Any]:
+        """The reply, or what stands in for it: above the codec, for a reply that cannot be read is a failure too."""
+        asked = what_was_asked(message)
+        try:
+            reply = _there(await self.sender.send(message), self.name)
+            read = self._read(reply)
+        except Fault:
+            raise  # an answer
+        except Exception as error:
+            return await fallbacks.answer(error, asked, args, kwargs)
+        fallbacks.keep(asked, reply)
+        return read
+
+    def _read(self, reply: Message, stale: bool = False) -> Reply[Any]:
         value = self.sender.bound.result(reply)
         links = {
             name: partial(self._follow, name, href, value) for name, href in self.sender.bound.links(reply).items()
         }
-        return Reply(value, reply.headers, links)
+        return Reply(value, reply.headers, links, stale)
 
     async def _follow(self, name: str, href: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         operation = self.sender.operation
@@ -217,25 +260,31 @@ async def plug(
     """Puts the typed calls of its contract into a client that sends under `name`. Raises ConfigurationError."""
     contract = type(client)
     policy = resolve(contract, policies)
+    service = State()  # of the remote service, shared by all of its operations
     lines: dict[str, Line] = {}
 
-    async def sender(operation: Operation[Any, Any, Any], policy_of: str, transport: Transport) -> Sender:
-        bound = bind(transport.binding, operation, format_name)
+    async def sender(guarded: Guarded, transports: Sequence[Transport]) -> Sender:
+        operation = guarded.operation
+        bound = bind(transports[0].binding, operation, format_name)
         waits = operation.style is Style.REQUEST
-        exchange = await carriers.exchange(transport) if waits else transport.send
-        return Sender(operation, bound, exchange, Guarded(operation, policy[policy_of], carriers.clock), name)
+        exchanges = [await carriers.exchange(transport) if waits else transport.send for transport in transports]
+        return Sender(operation, bound, exchanges, guarded, name)
 
     for attribute, operation in contract.__quintet__.operations.items():
         if operation.style in FANOUT:
             continue  # only the contract's own service publishes and asks
-        transport = await carriers.choose(operation, addresses)
+        instances = await carriers.instances(operation, addresses)
         companions = None
         call: type[Call[Any, Any]] = Call
+        guarded = Guarded(operation, policy[attribute].policy, carriers.clock, service)
         if operation.style is Style.ASYNC_REQUEST:
-            collect, withdraw = operation.companions
-            companions = (await sender(collect, attribute, transport), await sender(withdraw, attribute, transport))
+            collect, withdraw = (
+                structs.replace(guarded, operation=other, own=State()) for other in operation.companions
+            )
+            companions = (await sender(collect, instances), await sender(withdraw, instances))
             call = PendingCall
-        lines[attribute] = Line(await sender(operation, attribute, transport), lines, companions)
+        fallback = policy[attribute].fallback
+        lines[attribute] = Line(await sender(guarded, instances), lines, companions, guarded, fallback)
         client.__dict__[attribute] = call(lines[attribute])
 
 

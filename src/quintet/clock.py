@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 
@@ -17,6 +17,9 @@ class Handle(Protocol):
 
 class Timer(Protocol):
     def fire(self) -> None: ...
+
+
+Timers: TypeAlias = set[Timer]
 
 
 class Wheel:
@@ -29,19 +32,28 @@ class Wheel:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._slots: dict[int, set[Timer]] = {}
+        self._slots: dict[int, Timers] = {}
+        self._forget_latest()
 
-    def set(self, when: float, timer: Timer) -> set[Timer]:
+    def _forget_latest(self) -> None:
+        self._from, self._to, self._latest = 0.0, 0.0, Timers()
+
+    def set(self, when: float, timer: Timer) -> Timers:
         """Fires the timer once `now()` has reached `when`, unless it is discarded from the returned set before."""
-        slot = int(when / self.GRAIN) + 1
-        timers = self._slots.get(slot)
-        if timers is None:
-            timers = self._slots[slot] = set()
-            self._clock.call_at(slot * self.GRAIN, partial(self._fire, slot))
-        timers.add(timer)
+        if not self._from <= when < self._to:  # most go where the one before went
+            slot = int(when / self.GRAIN) + 1
+            self._from, self._to = (slot - 1) * self.GRAIN, slot * self.GRAIN
+            self._latest = self._slots[slot] if slot in self._slots else self._open(slot)
+        self._latest.add(timer)
+        return self._latest
+
+    def _open(self, slot: int) -> Timers:
+        timers = self._slots[slot] = Timers()
+        self._clock.call_at(slot * self.GRAIN, partial(self._fire, slot))
         return timers
 
     def _fire(self, slot: int) -> None:
+        self._forget_latest()  # what is set too late for this slot needs a new one
         for timer in list(self._slots.pop(slot)):
             timer.fire()
 
@@ -61,9 +73,9 @@ class Clock:
         self._wheels: WeakKeyDictionary[asyncio.AbstractEventLoop, Wheel] = WeakKeyDictionary()
         self._latest: tuple[asyncio.AbstractEventLoop, Wheel] | None = None
 
-    def wheel(self) -> Wheel:
-        """The running loop's coarse timers."""
-        loop, latest = asyncio.get_running_loop(), self._latest  # read once: another thread may run another loop
+    def wheel(self, loop: asyncio.AbstractEventLoop) -> Wheel:
+        """The coarse timers of the loop that is running."""
+        latest = self._latest  # read once: another thread may run another loop
         if latest is not None and latest[0] is loop:
             return latest[1]
         found = self._wheels.get(loop) or self._wheels.setdefault(loop, Wheel(self))

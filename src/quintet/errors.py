@@ -7,7 +7,9 @@ QuintetError
 │   └── CannotCarry               no address given can carry an operation's style
 ├── CallError                     a call that brought no answer; `safety` says whether to repeat it
 │   ├── Unavailable               nobody could be reached                              not sent
+│   │   └── CircuitOpen           our own circuit breaker refused it                   not sent
 │   ├── Overloaded                refused before work was begun                        not sent
+│   │   ├── LimitReached          our own limit (bulkhead, rate) refused it            not sent
 │   │   └── ChannelFull           the channel holds as many messages as it may         not sent
 │   ├── DeadlineExceeded          the time was up (also a TimeoutError)                unknown
 │   ├── ConnectionLost            sent, and then the connection broke                  unknown
@@ -111,10 +113,22 @@ class Unavailable(CallError):
     code, http_status, default_safety = "unavailable", 503, Safety.NOT_SENT
 
 
+class CircuitOpen(Unavailable):
+    """Our own circuit breaker refused it; `retry_after` says when it will try again."""
+
+    code, http_status = "circuit-open", 503
+
+
 class Overloaded(CallError):
     """Refused before work was begun: safe to repeat elsewhere."""
 
     code, http_status, default_safety = "overloaded", 503, Safety.NOT_SENT
+
+
+class LimitReached(Overloaded):
+    """Our own limit on outstanding requests or on their rate refused it."""
+
+    code, http_status = "limit-reached", 503
 
 
 class ChannelFull(Overloaded):

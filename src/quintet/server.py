@@ -24,16 +24,18 @@ from quintet.errors import (
     CallError,
     CannotCarry,
     ConfigurationError,
+    DeadlineExceeded,
     Declined,
     QuintetError,
     RemoteError,
+    Safety,
     TooLarge,
     UnknownPending,
 )
 from quintet.errors import Cancelled as WorkCancelled
-from quintet.filter import Guarded, chain, server_filters
+from quintet.filter import Guarded, State, chain, server_filters
 from quintet.message import Channel, Handler, Message, new_id
-from quintet.policy import DEFAULT, Policies
+from quintet.policy import DEFAULT, Bulkhead, Policies, Policy
 from quintet.record import Exchange, Recorder
 from quintet.store import AnswerStore, open_store
 from quintet.transport import DONE, Again, Done, Receive, Serving, Trait, Transport, Verdict
@@ -66,7 +68,8 @@ class Service:
     `inbox`: an address of a durable transport, where notifications that come over a direct one (HTTP) are kept and
     worked off. `answers`: where the answers of async requests are kept, a file that all instances share
     (".quintet/<name>.db") unless "memory://" or another is named, for `keep_answers` seconds. `concurrency`: handlers
-    at work at once. `max_body`: bytes that a message's body may have. `lifespan`: an async context manager around all.
+    at work at once; up to the `bulkhead` of its `policy` more requests wait their turn, others are refused.
+    `max_body`: bytes that a message's body may have. `lifespan`: an async context manager around all.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Service:
         keep_answers: float = 7 * 24 * 3600.0,
         concurrency: int = 100,
         max_body: int = 4 * 1024 * 1024,
+        policy: Policy = Policy(),  # noqa: B008 - frozen
         redelivery: Redelivery = Redelivery(),  # noqa: B008 - frozen
         lifespan: Callable[[Service], AbstractAsyncContextManager[object]] | None = None,
     ) -> None:
@@ -95,6 +99,7 @@ class Service:
         self.keep_answers = keep_answers
         self.concurrency = concurrency
         self.max_body = max_body
+        self.policy = policy.over(DEFAULT)
         self.redelivery = redelivery
         self.lifespan = lifespan
         self.handlings: dict[AnyOperation, Handling] = {}
@@ -246,6 +251,7 @@ class Running:
         self._kept: set[tuple[AnyOperation, str]] = set()  # what is worked off an inbox already
         self._work: dict[str, asyncio.Task[Message | None]] = {}  # async requests being worked on here, by id
         self._stack = AsyncExitStack()
+        self._state = State()  # what the filters of all its operations share
 
     def __repr__(self) -> str:
         return f"<running {self.service.name} at {', '.join(self._at)}>"
@@ -308,7 +314,7 @@ class Running:
             await self.carriers.replies(transport)
         bound = bind(transport.binding, operation, self._format)
         guarded = Guarded(operation, DEFAULT, self.clock)
-        self._outlets[operation] = Sender(operation, bound, transport.send, guarded, self.service.name)
+        self._outlets[operation] = Sender(operation, bound, [transport.send], guarded, self.service.name)
 
     def outlet(self, operation: AnyOperation, style: Style) -> Sender:
         """What sends an own event or survey. Raises ConfigurationError for one that is not this service's."""
@@ -365,8 +371,14 @@ class Running:
             self._kept.add((handling.operation, address))
             await self._listen(inbox, handling)
 
+    def _guarded(self, operation: AnyOperation) -> Guarded:
+        return Guarded(operation, self.service.policy, self.clock, self._state)
+
     async def _take(self, transport: Transport, channel: Channel, receive: Receive, group: str) -> None:
-        self._servings.append(await transport.serve(channel, receive, group, self.service.concurrency))
+        limit, bulkhead = self.service.concurrency, self.service.policy.bulkhead
+        if Trait.REPLIES in transport.traits and isinstance(bulkhead, Bulkhead):
+            limit = max(limit, bulkhead.limit + 1)  # a caller waits behind each: one more is taken, to refuse it
+        self._servings.append(await transport.serve(channel, receive, group, limit))
 
     # the path of a delivery, from the transport's hand to the user's function and back
 
@@ -424,6 +436,11 @@ class Running:
                 gate.busy += 1
             else:
                 await gate.enter()
+                if message.deadline is not None and message.deadline <= clock.now():
+                    gate.leave()
+                    raise DeadlineExceeded(
+                        f"{operation.full_name}: its deadline passed while it waited its turn", safety=Safety.NOT_SENT
+                    )
             token = CURRENT.set(Current(message, clock, message.deadline))
             try:
                 value = await function(*args, **kwargs)
@@ -436,7 +453,7 @@ class Running:
                 CURRENT.reset(token)
             return bound.reply(message, value)
 
-        handle = chain(server_filters(Guarded(operation, DEFAULT, clock)), call)
+        handle = chain(server_filters(self._guarded(operation)), call)
         return handle if self._recorder is None else self._recorded(handle, operation, self._recorder)
 
     def _recorded(self, handle: Handler, operation: AnyOperation, recorder: Recorder) -> Handler:
@@ -501,7 +518,7 @@ class Running:
                 await self._store.accept(message.id)
             return outside.accepted(message)
 
-        handle = chain(server_filters(Guarded(operation, DEFAULT, self.clock)), keep)
+        handle = chain(server_filters(self._guarded(operation)), keep)
 
         async def receive(message: Message) -> Verdict:
             try:

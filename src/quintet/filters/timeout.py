@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
+from msgspec import Struct
+
+from quintet.clock import Wheel
 from quintet.errors import DeadlineExceeded
 from quintet.filter import Filter, Guarded
 from quintet.message import Handler, Message
 
-PLACE = 90  # innermost: the breaker above must see a time-out as a failure, not as a cancellation
+PLACE = 90  # below the breaker, which must see a time-out as a failure and not as a cancellation
 
 
-class _Timer:
-    __slots__ = ("cancelling", "fired", "task")
-
-    def __init__(self, task: asyncio.Task[object]) -> None:
-        self.task = task
-        self.cancelling = task.cancelling()
-        self.fired = False
+class _Timer(Struct, eq=False):
+    task: asyncio.Task[Any]
+    cancelling: int  # requests to cancel the task that were there before ours
+    start: float
+    fired: bool = False
 
     def fire(self) -> None:
         self.fired = True
@@ -25,22 +27,35 @@ class _Timer:
 
 
 def client(guarded: Guarded) -> Filter:
-    name, clock = guarded.operation.full_name, guarded.clock
+    name, clock, now = guarded.operation.full_name, guarded.clock, guarded.clock.now
+    get_running_loop, current_task = asyncio.get_running_loop, asyncio.current_task
+
+    latest: tuple[asyncio.AbstractEventLoop | None, Wheel] = (None, Wheel(clock))
 
     async def timeout(message: Message, handler: Handler) -> Message | None:
-        until, task = message.until, asyncio.current_task()
+        nonlocal latest
+        until = message.until
+        loop = get_running_loop()
+        task = current_task(loop)
         if until is None or task is None:
             return await handler(message)
-        start, timer = clock.now(), _Timer(task)
-        timers = clock.wheel().set(until, timer)
+        known, wheel = latest  # read once: another thread may run another loop
+        if loop is not known:
+            wheel = clock.wheel(loop)
+            latest = loop, wheel
+        timer = _Timer(task, task.cancelling(), now())
+        timers = wheel.set(until, timer)
         try:
-            return await handler(message)
-        except asyncio.CancelledError:
-            # a cancellation by the caller in the same tick wins: then one request to cancel is left over
-            if timer.fired and task.uncancel() <= timer.cancelling:
-                raise DeadlineExceeded(f"{name} did not answer within {until - start:.3g} s") from None
-            raise
-        finally:
+            reply = await handler(message)
+        except BaseException as error:
             timers.discard(timer)
+            if not timer.fired or (task.uncancel() > timer.cancelling and isinstance(error, asyncio.CancelledError)):
+                raise  # a cancellation by the caller in the same tick wins: its request to cancel is left over
+            raise DeadlineExceeded(f"{name} did not answer within {until - timer.start:.3g} s") from None
+        timers.discard(timer)
+        if timer.fired:  # the work ignored its cancellation: what it brought is too late
+            task.uncancel()
+            raise DeadlineExceeded(f"{name} did not answer within {until - timer.start:.3g} s")
+        return reply
 
     return timeout

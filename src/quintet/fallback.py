@@ -1,0 +1,73 @@
+"""The typed chain above the codec: what is answered when a call fails, the first that can."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias, cast
+
+from quintet.call import Reply
+from quintet.filter import Guarded
+from quintet.message import Message
+from quintet.policy import Bulkhead, Policy, Stale
+
+log = logging.getLogger("quintet.fallback")
+
+CONCURRENT = 10  # runs of one fallback function at once, apart from the limit on the calls that it stands in for
+KEPT = 1000  # last good replies of an operation, for as many different arguments; the one unused longest goes first
+
+_Function: TypeAlias = Callable[..., Awaitable[Any]]
+_TRACE = frozenset({"traceparent", "tracestate", "baggage"})
+
+
+class Fallbacks:
+    """The fallbacks of one operation, and the good replies that `stale` may need again.
+
+    `read` makes a reply out of a message that was kept: each caller gets a value of its own.
+    """
+
+    def __init__(self, guarded: Guarded, chain: Sequence[Any], read: Callable[[Message, bool], Reply[Any]]) -> None:
+        self._name = guarded.operation.full_name
+        self._now = guarded.clock.now
+        self._read = read
+        self._kept: OrderedDict[Any, tuple[float, Message]] = OrderedDict()
+        self._keeps = any(isinstance(one, Stale) for one in chain)
+        # a fallback gets what remains of the caller's time, but no more than the call had
+        guard = Policy(timeout=guarded.policy.timeout, bulkhead=Bulkhead(CONCURRENT), breaker=False)
+        guards = guard.guards(clock=guarded.clock)
+        self._chain = [guards(cast(_Function, one)) if callable(one) else one for one in chain]
+
+    def __repr__(self) -> str:
+        return f"<fallbacks of {self._name}, {len(self._kept)} replies kept>"
+
+    def keep(self, asked: Any, reply: Message) -> None:
+        """Remembers a good reply where a stale one may be wanted."""
+        if self._keeps:
+            self._kept[asked] = (self._now(), reply)
+            self._kept.move_to_end(asked)
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+
+    async def answer(self, error: Exception, asked: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reply[Any]:
+        """The first answer that the chain has. Raises the call's own error, the fallbacks' failures as its notes."""
+        for one in self._chain:
+            if isinstance(one, Stale):
+                when, reply = self._kept.get(asked, (0.0, None))
+                if reply is not None and self._now() - when <= one.max_age:
+                    return self._read(reply, True)
+            elif callable(one):
+                try:
+                    return Reply(await cast(_Function, one)(*args, **kwargs), {})
+                except Exception as failed:
+                    error.add_note(f"its fallback failed too: {type(failed).__name__}: {failed}")
+                    log.warning("%s: a fallback failed", self._name, exc_info=failed)
+            else:
+                return Reply(one, {})
+        raise error
+
+
+def what_was_asked(message: Message) -> Any:
+    """What must be the same for a reply to stand in for another: the parameters and the user's headers."""
+    headers = sorted((name, value) for name, value in message.headers.items() if name not in _TRACE)
+    return message.body, *headers

@@ -1,0 +1,86 @@
+"""The balancer: one of several instances for each attempt, and none that keeps failing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quintet.clock import Clock
+from quintet.filter import Guarded
+from quintet.message import Handler, Message
+from quintet.outcome import ANSWERED, FAILURE, SUCCESS, TIMEOUT, outcome_of
+
+PLACE = 60  # above the time-out: an instance that hangs must count as one that failed
+
+FAILURES = 5  # in a row, then an instance is ejected; one that comes back and fails is ejected at once
+EJECTED_FOR = 5.0  # seconds, twice as long each time it happens again
+LONGEST = 300.0
+
+
+class Instance:
+    """One address of a service, as the balancer knows it."""
+
+    def __init__(self) -> None:
+        self.outstanding = 0
+        self.failures = 0  # in a row
+        self.ejections = 0  # since it last answered
+        self.back_at = 0.0
+
+    def __repr__(self) -> str:
+        ejected = f", ejected until {self.back_at:g}" if self.ejections else ""
+        return f"<instance, {self.outstanding} outstanding, {self.failures} failures in a row{ejected}>"
+
+
+class Balancer:
+    """Power of two choices: of two by chance the one with fewer outstanding requests; at most half are ejected."""
+
+    def __init__(self, clock: Clock, count: int) -> None:
+        self.instances = [Instance() for _ in range(count)]
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f"<balancer of {self.instances}>"
+
+    def choose(self) -> int:
+        now, chance = self._clock.now(), self._clock.random
+        able = [index for index, instance in enumerate(self.instances) if instance.back_at <= now]
+        if len(able) == 1:
+            return able[0]
+        one, other = chance.sample(able, 2)
+        return min(one, other, key=lambda index: self.instances[index].outstanding)
+
+    def settle(self, instance: Instance, outcome: int) -> None:
+        """Takes in how an attempt with the instance ended."""
+        if outcome in (SUCCESS, ANSWERED):
+            instance.failures = instance.ejections = 0
+        elif outcome in (FAILURE, TIMEOUT):
+            instance.failures += 1
+            now = self._clock.now()
+            out = sum(other.back_at > now for other in self.instances)
+            if (
+                instance.back_at <= now
+                and (instance.failures >= FAILURES or instance.ejections)
+                and 2 * (out + 1) <= len(self.instances)
+            ):
+                instance.back_at = now + min(LONGEST, EJECTED_FOR * 2.0 ** min(instance.ejections, 64))
+                instance.ejections += 1
+
+
+def balance(guarded: Guarded, handlers: Sequence[Handler]) -> Handler:
+    """One handler out of those of all instances."""
+    balancer = guarded.own.of(Balancer, lambda: Balancer(guarded.clock, len(handlers)))
+
+    async def balanced(message: Message) -> Message | None:
+        index = balancer.choose()
+        instance = balancer.instances[index]
+        instance.outstanding += 1
+        try:
+            reply = await handlers[index](message)
+        except BaseException as error:
+            balancer.settle(instance, outcome_of(error, message))
+            raise
+        finally:
+            instance.outstanding -= 1
+        balancer.settle(instance, SUCCESS)
+        return reply
+
+    return balanced

@@ -1,0 +1,199 @@
+"""The circuit breaker: a service that keeps failing is left alone for a while, then tried with a few calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Literal, TypeAlias
+
+from msgspec import Struct
+
+from quintet.clock import Clock
+from quintet.errors import CircuitOpen
+from quintet.filter import Filter, Guarded
+from quintet.message import Handler, Message
+from quintet.outcome import ANSWERED, FAILURE, OUTCOMES, REFUSED, SHORT_CIRCUITED, SLOW, SUCCESS, TIMEOUT, outcome_of
+from quintet.policy import Breaker
+from quintet.window import Window
+
+PLACE = 40  # above the bulkhead: an open circuit refuses before a place is taken
+
+log = logging.getLogger("quintet.breaker")
+
+CircuitState: TypeAlias = Literal["closed", "open", "half-open"]
+
+
+class StateChange(Struct, frozen=True):
+    """What a listener is told: the operation's (or service's) circuit, and its states before and after."""
+
+    name: str
+    before: CircuitState
+    after: CircuitState
+
+
+_GOOD, _TOO_SLOW, _BAD = range(3)  # in the window
+_KINDS = {SUCCESS: _GOOD, SLOW: _TOO_SLOW, FAILURE: _BAD, TIMEOUT: _BAD}
+
+
+class Circuit:
+    """The state of one breaker.
+
+    Each admission is stamped with the generation (`admit` returns it), and each change of state starts a new one: a
+    result from an older generation is counted in `totals` and decides nothing. Nothing is awaited and no lock is held.
+    """
+
+    def __init__(self, name: str, clock: Clock, settings: Breaker) -> None:
+        self.name = name
+        self.state: CircuitState = "closed"
+        self.generation = 0
+        self.free = True  # admits without being asked: closed, or forced so
+        self.totals = [0] * len(OUTCOMES)
+        """How many attempts ended in which way (OUTCOMES) since the start, for metrics."""
+        self.listeners: list[Callable[[StateChange], None]] = []
+        self._now = clock.now
+        self._random = clock.random
+        self._until = 0.0  # open: when it is tried again; half-open: when probes that have not ended are given up
+        self._reopened = 0  # times in a row, which make it wait longer
+        self._probing = 0
+        self._probed = [0, 0, 0]  # good, slow and failed ones
+        self._settings = settings
+        self._window = Window(settings.window, 3)
+        self.settings = settings
+
+    def __repr__(self) -> str:
+        good, slow, bad = self.counts
+        return f"<circuit {self.name} {self.state}: {good} good, {slow} slow, {bad} bad in {self._settings.window:g} s>"
+
+    @property
+    def counts(self) -> list[int]:
+        """Good, slow and failed calls of the window."""
+        return self._window.at(self._now())
+
+    @property
+    def settings(self) -> Breaker:
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Breaker) -> None:
+        """Changes them while calls are under way; the state stays, the window too where it is as long as before."""
+        if settings.window != self._settings.window:
+            self._window = Window(settings.window, 3)
+        if (settings.force_open, settings.force_closed) != (self._settings.force_open, self._settings.force_closed):
+            self._begin()
+        self._settings = settings
+        self._min_calls = settings.min_calls
+        counted = _KINDS | {REFUSED: _BAD} if settings.count_refusals else _KINDS
+        self._kinds = [counted.get(outcome) for outcome in range(len(OUTCOMES))]
+        # compared exactly: 3 of 30 are 10 %, which floats deny
+        self._error_rate = Fraction(str(settings.error_rate)).as_integer_ratio()
+        self._slow_rate = Fraction(str(settings.slow_rate)).as_integer_ratio()
+        self._set_free()
+
+    def admit(self) -> int:
+        """A permit for one attempt, to be handed back once by `settle`. Raises CircuitOpen."""
+        if self.free:
+            return self.generation
+        now, settings, how, wait = self._now(), self._settings, "forced open", None
+        if not settings.force_open:
+            if self.state == "open" and now >= self._until:
+                self._change("half-open")
+            if self.state == "half-open":
+                if self._probing + sum(self._probed) >= settings.probes and now >= self._until:
+                    self._begin()  # probes that have not ended are given up, and others sent
+                if self._probing + sum(self._probed) < settings.probes:
+                    self._probing += 1
+                    self._until = now + settings.open_for
+                    return self.generation
+            how, wait = self.state, self._until - now
+        self.totals[SHORT_CIRCUITED] += 1
+        raise CircuitOpen(f"{self.name}: not sent, its circuit is {how}", retry_after=wait)
+
+    def settle(self, permit: int, outcome: int) -> None:
+        """Takes a permit back, with how its attempt ended."""
+        self.totals[outcome] += 1
+        if permit != self.generation:
+            return
+        kind = self._kinds[outcome]
+        if not self.free:
+            self._probing -= 1
+            if kind is not None or outcome == ANSWERED:  # a declared fault proves that it works
+                self._judge_probe(kind or _GOOD)
+        elif kind is not None:
+            self._window.add(kind, self._now())
+            good, slow, bad = self._window.counts
+            if (bad or slow) and good + slow + bad >= self._min_calls and self._too_many(good, slow, bad):
+                self._open()
+
+    def _too_many(self, good: int, slow: int, bad: int) -> bool:
+        calls = good + slow + bad
+        of_bad, of_calls = self._error_rate
+        of_slow, of_all = self._slow_rate
+        return bad * of_calls >= of_bad * calls or slow * of_all >= of_slow * calls
+
+    def _judge_probe(self, kind: int) -> None:
+        self._probed[kind] += 1
+        if sum(self._probed) < self._settings.probes:
+            return
+        if self._too_many(*self._probed):
+            self._reopened += 1
+            self._open()
+        else:
+            self._reopened = 0
+            self._change("closed")
+
+    def _open(self) -> None:
+        if self._settings.force_closed:
+            return
+        settings, seconds = self._settings, self._settings.open_for
+        if self._reopened:  # between half and all of the doubled time, so that callers do not return together
+            full = min(settings.longest, seconds * 2.0 ** min(self._reopened, 64))
+            seconds = max(seconds, full * (0.5 + self._random.random() / 2))
+        self._until = self._now() + seconds
+        self._change("open")
+
+    def _change(self, state: CircuitState) -> None:
+        before, self.state = self.state, state
+        self._begin()
+        self._probed = [0, 0, 0]
+        self._window.clear()
+        self._set_free()
+        log.log(logging.WARNING if state == "open" else logging.INFO, "%s: circuit %s", self.name, state)
+        for listener in self.listeners:
+            try:
+                listener(StateChange(self.name, before, state))
+            except Exception:
+                log.exception("%s: a listener failed on circuit %s", self.name, state)
+
+    def _begin(self) -> None:
+        self.generation += 1
+        self._probing = 0
+
+    def _set_free(self) -> None:
+        settings = self._settings
+        self.free = not settings.force_open and (settings.force_closed or self.state == "closed")
+
+
+def client(guarded: Guarded) -> Filter | None:
+    settings, clock = guarded.policy.breaker, guarded.clock
+    if not isinstance(settings, Breaker):
+        return None
+    operation = guarded.operation
+    name = operation.contract.__quintet__.name if settings.per == "service" else operation.full_name
+    circuit = guarded.state(settings.per).of(Circuit, lambda: Circuit(name, clock, settings))
+    circuit.settings = settings
+    slow_call = settings.slow_call
+
+    async def breaker(message: Message, handler: Handler) -> Message | None:
+        permit = circuit.generation if circuit.free else circuit.admit()
+        started = 0.0 if slow_call is None else clock.now()
+        try:
+            reply = await handler(message)
+        except BaseException as error:
+            circuit.settle(permit, outcome_of(error, message))
+            raise
+        slow = slow_call is not None and clock.now() - started > slow_call
+        circuit.settle(permit, SLOW if slow else SUCCESS)
+        return reply
+
+    return breaker

@@ -1,0 +1,79 @@
+"""Retry: another attempt where that is safe, after a wait, within a budget and within the deadline."""
+
+from __future__ import annotations
+
+from quintet.contract import Fault
+from quintet.errors import CallError, CircuitOpen, LimitReached, Safety
+from quintet.filter import Filter, Guarded
+from quintet.message import Handler, Message
+from quintet.policy import Retry
+from quintet.window import Window
+
+PLACE = 30  # above the breaker: each attempt is admitted and counted by itself
+
+SECONDS = 10.0  # that the budget looks back
+RESERVE = 10.0  # retries a second that are allowed however few the calls are
+
+_CALLS, _RETRIES = range(2)
+
+
+class Budget:
+    """What all retries to one service share, so that they cannot multiply the load on one that is failing (Finagle)."""
+
+    def __init__(self) -> None:
+        self._window = Window(SECONDS, 2)
+
+    def __repr__(self) -> str:
+        calls, retries = self._window.counts
+        return f"<retry budget, {retries} retries for {calls} calls in {SECONDS:g} s>"
+
+    def call(self, now: float) -> None:
+        self._window.add(_CALLS, now)
+
+    def spend(self, share: float, now: float) -> bool:
+        """Takes one retry out of the budget, where there is one left."""
+        calls, retries = self._window.at(now)
+        if retries + 1 > share * calls + RESERVE * SECONDS:
+            return False
+        self._window.add(_RETRIES, now)
+        return True
+
+
+def client(guarded: Guarded) -> Filter | None:
+    settings, clock, operation = guarded.policy.retry, guarded.clock, guarded.operation
+    if not isinstance(settings, Retry):
+        return None
+    budget = guarded.shared.of(Budget, Budget)
+    idempotent = operation.idempotent
+
+    def worth_repeating(error: Exception) -> bool:
+        if isinstance(error, (Fault, CircuitOpen, LimitReached)):
+            return False  # an answer; or our own refusal, which would only come again
+        safety = error.safety if isinstance(error, CallError) else Safety.UNKNOWN
+        return safety is Safety.NOT_SENT or (safety is Safety.UNKNOWN and idempotent)
+
+    async def retry(message: Message, handler: Handler) -> Message | None:
+        until, deadline = message.until, message.deadline
+        budget.call(clock.now())
+        for attempt in range(settings.times + 1):
+            if settings.attempt_timeout is not None:
+                cut = clock.now() + settings.attempt_timeout
+                message.until = cut if until is None else min(until, cut)
+                if deadline is not None and deadline == until:
+                    message.deadline = message.until  # nobody waits for this attempt any longer
+            try:
+                return await handler(message)
+            except Exception as error:
+                if attempt == settings.times or not worth_repeating(error):
+                    raise
+                full = min(settings.longest, settings.first * 2.0 ** min(attempt, 64))
+                asked = error.retry_after if isinstance(error, CallError) else None
+                wait = max(full * clock.random.random(), asked or 0.0)
+                now = clock.now()
+                if (until is not None and now + wait >= until) or not budget.spend(settings.budget, now):
+                    raise  # the last real error, at once
+            await clock.sleep(wait)
+            message.until, message.deadline = until, deadline
+        raise AssertionError("the last attempt returns or raises")
+
+    return retry
