@@ -255,7 +255,8 @@ class Processes:
 
     async def ended(self) -> None:
         """Waits until none is kept running any more."""
-        await asyncio.gather(*(process._keeper for process in self if process._keeper), return_exceptions=True)
+        while keepers := [process._keeper for process in self if process._keeper and not process._keeper.done()]:
+            await asyncio.wait(keepers)
 
     async def stop(self, grace: float = GRACE) -> None:
         """Lets all drain and end, one after the other, the last that was started first."""

@@ -39,8 +39,8 @@ class Card(Struct, tag="card", tag_field="kind"):
 
 class Tree(Struct):
     name: str
-    children: list["Tree"]
-    best: "Tree | None"
+    children: list[Tree]
+    best: Tree | None
 
 
 class Point(Struct, array_like=True):
@@ -69,7 +69,7 @@ class Renamed(Struct, rename="camel"):
 
 
 class Endless(Struct):
-    again: "Endless"
+    again: Endless
 
 
 IMPOSSIBLE = [Endless, Annotated[str, Meta(pattern="[^x]y")], Annotated[int, Meta(multiple_of=7, ge=1, le=3)]]

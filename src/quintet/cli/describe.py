@@ -9,10 +9,9 @@ import msgspec
 import typer
 
 from quintet.cli.loading import load_contract
-from quintet.compiler import model_of
 from quintet.contract import NEEDS, Contract, Operation
 from quintet.errors import ContractError
-from quintet.model import Enum, Field, OperationModel, Presence, Record, Union
+from quintet.model import ContractModel, Enum, Field, OperationModel, Presence, Record, Union
 from quintet.transport import carrier, parse_address, schemes
 
 EXAMPLES = """\b
@@ -28,20 +27,23 @@ def describe(
 ) -> None:
     """Prints a contract's operations, styles and types, its HTTP routes, and which transports can carry what."""
     contract = load_contract(target)
-    if json:
-        print(msgspec.json.format(msgspec.json.encode(model_of(contract)), indent=2).decode())
-        return
-    from rich.console import Console
+    from rich.console import Console  # these not at the top: `quintet --help` must be there at once
     from rich.markup import escape
 
+    from quintet.compiler import model_of
+
+    model = model_of(contract)
+    if json:
+        print(msgspec.json.format(msgspec.json.encode(model), indent=2).decode())
+        return
+
     console = Console(highlight=False, soft_wrap=True)
-    for style, line in _lines(contract):
+    for style, line in _lines(contract, model):
         console.print(f"[{style}]{escape(line)}[/]" if style else escape(line))
 
 
-def _lines(contract: type[Contract]) -> Iterator[tuple[str, str]]:
+def _lines(contract: type[Contract], model: ContractModel) -> Iterator[tuple[str, str]]:
     """Each line with the style that it is printed in."""
-    model = model_of(contract)
     yield "bold", f"{model.name} {model.version}{f'  {_first(model.doc)}' if model.doc else ''}"
     for name, operation in model.operations.items():
         yield "", ""

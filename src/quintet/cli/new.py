@@ -26,11 +26,11 @@ def new(
     """Writes a project: a contract, its service, a listener, a deployment, tests in memory, a README."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise ConfigurationError(f"{name!r} cannot name a Python package: take lower-case letters, digits and _")
-    if find_spec(name) is not None or name == "tests":
-        raise ConfigurationError(f"{name!r} would hide the Python package of that name: take another name")
     root = Path(folder, name)
     if root.exists():
         raise ConfigurationError(f"{root} exists already: take another name, or --in another folder")
+    if find_spec(name) is not None or name == "tests":
+        raise ConfigurationError(f"{name!r} would hide the Python package of that name: take another name")
     contract = "".join(part.capitalize() for part in name.split("_"))
     for path, text in FILES.items():
         file = root / path.replace("NAME", name)
