@@ -426,13 +426,23 @@ async def open_database(path: Path) -> Database:
             f"SQLite {apsw.sqlite_lib_version()} can damage a file that several processes write (fixed in 3.51.3): "
             "install apsw 3.51.3 or later from its wheel"
         )
-    return await asyncio.to_thread(_acquire, path)
+    opening = asyncio.get_running_loop().run_in_executor(None, _acquire, path)
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_not_wanted)
+        raise
 
 
 async def close_database(database: Database) -> None:
     """The last user of a database closes the file, after everything that was submitted is done."""
     await asyncio.sleep(0)  # what was submitted in this turn of the loop is handed over first
     await asyncio.to_thread(_release, database)
+
+
+def _not_wanted(opening: asyncio.Future[Database]) -> None:
+    if opening.exception() is None:
+        _release(opening.result())
 
 
 def _library_version() -> int:

@@ -125,6 +125,19 @@ def test_a_closed_database_refuses_and_leaves_neither_threads_nor_files(tmp_path
     assert "closed" in repr(database)
 
 
+def test_an_opening_that_is_cancelled_leaves_nothing_open(tmp_path: Path) -> None:
+    async def main() -> None:
+        opening = asyncio.create_task(open_database(tmp_path / "a.db"))
+        await asyncio.sleep(0)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+
+    asyncio.run(main())
+    assert [path for path in room._open if path.parent == tmp_path] == []
+    assert not list(tmp_path.glob("*.wake"))
+
+
 def test_a_note_calls_listeners_after_the_commit_and_no_others(tmp_path: Path) -> None:
     async def main() -> None:
         heard: asyncio.Queue[str] = asyncio.Queue()

@@ -557,6 +557,28 @@ def test_room_in_a_channel_is_counted_right_whatever_becomes_of_its_messages(tmp
     run(main)
 
 
+def test_what_has_expired_makes_room_also_where_nobody_serves(tmp_path: Path) -> None:
+    async def main() -> None:
+        clock = FakeClock()
+        async with opened(tmp_path, "?capacity=3", clock) as carrier:
+            await carrier.send(message(b"1", key="a", deadline=clock.now() + 1))
+            await carrier.send(message(b"2", key="a"))
+            await carrier.send(message(b"3", deadline=clock.now() + 1))
+            with pytest.raises(ChannelFull):
+                await carrier.send(message(b"4"))
+            while (await carrier.channels())[0].waiting == 3:
+                await clock.advance(1)
+            await carrier.send(message(b"5"))
+            await carrier.send(message(b"6"))
+            with pytest.raises(ChannelFull):
+                await carrier.send(message(b"7"))
+            receiver = Receiver()
+            await carrier.serve(WORK, receiver, "")
+            await until(lambda: receiver.bodies == [b"2", b"5", b"6"])
+
+    run(main)
+
+
 def test_what_is_done_is_retained_as_long_as_asked_for(tmp_path: Path) -> None:
     async def main() -> None:
         clock = FakeClock()

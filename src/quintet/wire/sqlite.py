@@ -37,6 +37,7 @@ CREATE TABLE IF NOT EXISTS quintet_delivery (
   key TEXT NOT NULL, expires REAL, sent REAL NOT NULL, message BLOB NOT NULL);
 CREATE INDEX IF NOT EXISTS quintet_ready ON quintet_delivery (queue, due) WHERE due IS NOT NULL;
 CREATE INDEX IF NOT EXISTS quintet_keyed ON quintet_delivery (queue, key) WHERE key <> '';
+CREATE INDEX IF NOT EXISTS quintet_expiring ON quintet_delivery (expires) WHERE expires IS NOT NULL;
 CREATE TABLE IF NOT EXISTS quintet_dead (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
   fanout INTEGER NOT NULL, channel TEXT NOT NULL, member TEXT NOT NULL,
@@ -143,7 +144,7 @@ def join(transaction: Transaction, expires: float) -> int:
 
 
 def beat(transaction: Transaction, beat: Beat) -> bool:
-    """Prolongs the lease, removes receivers whose lease is over, forgets what is retained no longer.
+    """Prolongs the lease, removes receivers whose lease is over, what has expired and what is retained no longer.
 
     False where others found this receiver dead: its messages and temporary queues are gone, it must join again.
     """
@@ -151,6 +152,10 @@ def beat(transaction: Transaction, beat: Beat) -> bool:
     alive = t.execute("UPDATE quintet_receiver SET expires = ? WHERE id = ? RETURNING id", beat.expires, beat.receiver)
     if t.execute("DELETE FROM quintet_receiver WHERE expires < ? RETURNING id", beat.now):
         t.notify_everyone()
+    sql = "DELETE FROM quintet_delivery WHERE expires < ? AND owner IS NULL RETURNING queue, key"
+    expired = t.execute(sql, beat.now)  # where nobody serves its turn never comes, and it would fill the channel
+    t.many("UPDATE quintet_queue SET size = size - 1 WHERE id = ?", [(queue,) for queue, _ in expired])
+    t.many(_NEXT_OF_KEY, expired)
     t.execute("DELETE FROM quintet_done WHERE until < ?", beat.now)
     return bool(alive)
 
