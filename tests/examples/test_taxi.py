@@ -194,6 +194,8 @@ async def test_nothing_is_lost_where_a_service_fails_between_writing_and_telling
     ):
         pending = await client.ride("p-1", "Station", "Opera")
         receipt = await pending.wait(30.0)
+        with pytest.raises(contracts.PassengerInactive):
+            await (await client.ride("p-2", "Station", "Opera")).wait(5.0)
     assert (receipt.driver, receipt.destination) == ("maria", "Opera")
     assert failed == ["Trips.created", "Dispatch.driver_proposed", "Trips.completed"]
     late = [exchange.receiver for exchange in read("record.jsonl") if exchange.outcome == "late"]

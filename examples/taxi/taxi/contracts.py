@@ -90,6 +90,10 @@ class TooLateToCancel(Fault, status=409):
     progress: Progress
 
 
+class TripCancelled(Fault, status=410):
+    trip_id: str
+
+
 class TripNotOver(Fault, status=409):
     trip_id: str
     progress: Progress
@@ -170,7 +174,7 @@ class Billing(Contract, name="billing", version="1.0"):
 class Phone(Contract, name="phone", version="1.0"):
     """The passenger's phone."""
 
-    @async_request(http="POST /rides", faults=[NoSuchPassenger, PassengerInactive])
+    @async_request(http="POST /rides", faults=[NoSuchPassenger, PassengerInactive, TripCancelled])
     async def ride(self, passenger_id: str, pickup: str, destination: str) -> Receipt:
         """The passenger's finger: take me there. The answer comes when the ride is over."""
 

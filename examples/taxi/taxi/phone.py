@@ -7,7 +7,7 @@ starts over, and every step may be done twice, since all of them carry the trip'
 import asyncio
 
 from quintet import Redelivery, Service, current
-from taxi.contracts import Billing, NewTrip, Notice, Phone, Progress, Receipt, Trips
+from taxi.contracts import Billing, NewTrip, Notice, Phone, Progress, Receipt, TripCancelled, Trips
 from taxi.records import Records
 
 service = Service(Phone, redelivery=Redelivery(attempts=100, longest=2.0))
@@ -23,7 +23,9 @@ news = asyncio.Condition()
 async def ride(passenger_id: str, pickup: str, destination: str) -> Receipt:
     trip_id = current().id  # the same on every repeat
     await trips.pickup_requested(trip_id, pickup)
-    await trips.create(NewTrip(trip_id, passenger_id, pickup, destination))
+    trip = await trips.create(NewTrip(trip_id, passenger_id, pickup, destination))
+    if trip.progress is Progress.CANCELLED:
+        raise TripCancelled(trip_id=trip_id)
     await told(trip_id, Progress.DRIVER_PROPOSED)
     await told(trip_id, Progress.COMPLETED)
     receipt_id = await receipt_ids.get(trip_id)
