@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import typer
 
 from quintet.cli import call, channels, describe, exits, mock, new, serve, up
@@ -11,7 +13,6 @@ app = typer.Typer(
     name="quintet",
     help="Services that talk in five styles from one contract: run them, call them, look into their channels.",
     epilog=exits.EPILOG,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     add_completion=False,
@@ -32,7 +33,13 @@ app.add_typer(channels.dead, name="dead", short_help="List, show, replay or drop
 
 def main() -> None:
     """Runs the command that was asked for; a failure becomes one sentence and an exit code (exits.py)."""
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        app()
+        code = app(arguments, prog_name="quintet", standalone_mode=False)
     except QuintetError as error:
         exits.fail(error)
+    except exits.USAGE_ERROR as error:
+        exits.misused(error)
+    except typer.Abort:  # "no" to a question, or Ctrl-C at it
+        code = exits.Exit.INTERRUPTED
+    sys.exit(code)

@@ -112,7 +112,6 @@ def _body(message: Message) -> Any:
 dead = typer.Typer(
     help="Messages that could not be handled: lists them, shows them, sends them again, deletes them.",
     epilog=DEAD_EXAMPLES,
-    no_args_is_help=True,
 )
 
 

@@ -70,6 +70,16 @@ def fail(error: QuintetError) -> NoReturn:
     sys.exit(code_of(error))
 
 
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]  # typer exports no name for it
+
+
+def misused(error: Any) -> NoReturn:
+    """Ends the command that was not used as its --help says: one sentence on stderr."""
+    command = error.ctx.command_path if error.ctx else "quintet"
+    print(f"quintet: {error.format_message().rstrip('.')}; see `{command} --help`", file=sys.stderr)
+    sys.exit(Exit.CONFIGURATION)
+
+
 def run(command: Coroutine[Any, Any, None]) -> None:
     """Runs a command's coroutine on the fastest loop there is; Ctrl-C ends it quietly."""
     try:
