@@ -94,6 +94,6 @@ def _missing() -> Any:
 
 def run(main: Callable[[], Awaitable[None]]) -> None:
     async def within_time() -> None:
-        await asyncio.wait_for(main(), 60)
+        await asyncio.wait_for(main(), 20)
 
     asyncio.run(within_time())
