@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -37,7 +38,7 @@ from quintet.filter import Guarded, State, chain, server_filters
 from quintet.message import Channel, Handler, Message, new_id
 from quintet.policy import DEFAULT, Bulkhead, Policies, Policy
 from quintet.record import Exchange, Recorder
-from quintet.store import AnswerStore, open_store
+from quintet.store import AnswerStore, Kept, open_store
 from quintet.transport import DONE, Again, Done, Receive, Serving, Trait, Transport, Verdict
 
 log = logging.getLogger("quintet.service")
@@ -250,6 +251,8 @@ class Running:
         self._answers: AnswerStore | None = None
         self._kept: set[tuple[AnyOperation, str]] = set()  # what is worked off an inbox already
         self._work: dict[str, asyncio.Task[Message | None]] = {}  # async requests being worked on here, by id
+        self._looking: set[asyncio.Future[Kept | None]] = set()  # those who wait for an answer here
+        self._draining = False
         self._stack = AsyncExitStack()
         self._state = State()  # what the filters of all its operations share
 
@@ -285,6 +288,9 @@ class Running:
 
     async def stop(self) -> None:
         """Takes no more, lets what is in work end, and frees what it held."""
+        self._draining = True
+        for looking in self._looking:
+            looking.cancel()
         await asyncio.gather(*(serving.stop() for serving in self._servings))
         self._servings.clear()
         await self._stack.aclose()
@@ -424,7 +430,8 @@ class Running:
     def _handler(self, handling: Handling, bound: Bound) -> Handler:
         """The service's filters around the function: a message in, the reply out, failures raised."""
         operation, function, clock = handling.operation, handling.function, self.clock
-        gate, max_body, own = self._gate, self.service.max_body, handling.own
+        max_body, own = self.service.max_body, handling.own
+        gate = self._gate if own else _Gate(sys.maxsize)  # who waits for an answer must not keep it from being made
         declared: tuple[type[Exception], ...] = (*operation.faults, Declined)
         arguments = _arguments(operation, function)
 
@@ -565,7 +572,7 @@ class Running:
         async def result(id: str, wait: float) -> Any:  # noqa: A002 - the name on the wire
             if not direct:
                 await self._store.accept(id)  # over a queue the submission may still be on its way
-            kept = await self._store.get(id, min(max(wait, 0.0), COLLECT_WAIT))
+            kept = await self._look(id, min(max(wait, 0.0), COLLECT_WAIT))
             if kept is None:
                 raise UnknownPending(
                     f"{operation.full_name}: no pending answer {id!r}: never submitted, or kept no longer"
@@ -580,6 +587,20 @@ class Running:
             return inside.result(kept.reply)
 
         return result
+
+    async def _look(self, pending_id: str, wait: float) -> Kept | None:
+        """What is known of an answer after at most so many seconds, and at once when the service drains."""
+        looking = asyncio.ensure_future(self._store.get(pending_id, 0.0 if self._draining else wait))
+        self._looking.add(looking)
+        try:
+            return await looking
+        except asyncio.CancelledError:
+            worker = asyncio.current_task()
+            if not self._draining or (worker is not None and worker.cancelling()):
+                raise
+            return await self._store.get(pending_id)
+        finally:
+            self._looking.discard(looking)
 
     def _withdrawer(self, operation: AnyOperation, direct: bool) -> Callable[..., Awaitable[Any]]:
         """The handler of the companion `cancel`."""

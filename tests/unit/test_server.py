@@ -434,6 +434,52 @@ def test_a_cancelled_async_request_stops_and_says_so() -> None:
     run(main)
 
 
+def test_those_who_wait_for_an_answer_do_not_keep_it_from_being_made() -> None:
+    async def main() -> None:
+        service, begun, go = trips(concurrency=1), asyncio.Event(), asyncio.Event()
+
+        async def receipt(trip_id: str) -> str:
+            begun.set()
+            await go.wait()
+            return trip_id
+
+        behave(service, "receipt", receipt)
+        async with serve(service, at="memory://"), connect(Trips, "memory://") as client:
+            first, second = await client.receipt("t-1"), await client.receipt("t-2")
+            await begun.wait()
+            waiting = [asyncio.create_task(pending.wait(10.0)) for pending in (first, second)]
+            await asyncio.sleep(0)
+            go.set()
+            async with asyncio.timeout(5.0):
+                assert await asyncio.gather(*waiting) == ["t-1", "t-2"]
+
+    run(main)
+
+
+def test_a_service_that_drains_answers_at_once_those_who_wait_for_a_later_answer() -> None:
+    async def main() -> None:
+        service, asked = trips(), asyncio.Event()
+
+        async def fail(trip_id: str) -> str:
+            asked.set()
+            raise ValueError("comes again later")
+
+        behave(service, "receipt", fail)
+        async with serve(service, at="memory://other"), connect(Trips, "memory://other") as client:
+            pending = await client.receipt("t-1")
+            await asked.wait()
+            waiting = asyncio.create_task(pending.wait(20.0))
+            running = service.running
+            assert running
+            while not running._looking:
+                await asyncio.sleep(0)
+            async with asyncio.timeout(10.0):
+                await running.stop()
+            waiting.cancel()
+
+    run(main)
+
+
 def test_at_most_so_many_handlers_run_at_once() -> None:
     async def main() -> None:
         service, running, most, go = trips(concurrency=3), 0, 0, asyncio.Event()
