@@ -145,7 +145,7 @@ def show(receipt: Receipt, screen: list[str], drawing: Path) -> None:
     exchanged = [exchange for exchange in read(RECORD) if exchange.sender != PASSENGER]
     console.print("What was exchanged, from the record:\n", style="bold")
     console.print(text(exchanged, width=min(max(console.width, 100), 120), order=ORDER))
-    drawing.parent.mkdir(exist_ok=True)
+    drawing.parent.mkdir(parents=True, exist_ok=True)
     drawing.write_text(svg(exchanged, title="One ride in five interaction styles", order=ORDER))
     console.print(f"The same as a picture: {drawing}")
 
@@ -170,13 +170,16 @@ def to_try(deployed: Deployment, trip_id: str) -> list[str]:
 async def story(file: Path, drawing: Path, within: float, keep: bool, kills: list[str]) -> None:
     """Runs it all, with its state in the current folder. `kills`: as "billing@trips.get" on the command line."""
     teller, deployed, over = Teller(), deployment(file), asyncio.Event()
+    for victim in (kill.partition("@")[0] for kill in kills):
+        if victim not in deployed.services:
+            raise ConfigurationError(f"--kill: there is no service {victim!r} in {file}")
     console.print(f"Starting {len(deployed.services)} services, each its own process ...")
     async with running(deployed, timeout=START_LIMIT, watch=teller.watch) as processes:
 
         async def tell() -> None:
             async for exchange in follow(Path(RECORD), over):
                 teller.tell(exchange)
-                for kill in [kill for kill in kills if kill.endswith(f"@{exchange.operation}")]:
+                for kill in [kill for kill in kills if kill.partition("@")[2] == exchange.operation]:
                     kills.remove(kill)
                     processes[kill.partition("@")[0]].kill()
 
@@ -224,7 +227,7 @@ async def main() -> int:
         return 0
     except asyncio.CancelledError:
         return 130
-    except (StoryStopped, QuintetError) as error:
+    except (StoryStopped, QuintetError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
 

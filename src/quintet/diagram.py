@@ -48,7 +48,7 @@ def arrows(exchanges: Iterable[Exchange]) -> list[Arrow]:
     found: list[Arrow] = []
     for copies in sent.values():
         first = copies[0]
-        again = f" ({first.attempt}. time)" if first.attempt > 1 else ""
+        again = f" (attempt {first.attempt})" if first.attempt > 1 else ""
         targets = tuple(dict.fromkeys(copy.receiver for copy in copies))
         begin = Arrow(
             first.started, SHAPES[first.style], first.style, first.sender or "?", targets, first.operation + again
@@ -102,7 +102,7 @@ def text(exchanges: Iterable[Exchange], *, width: int = 110, order: Sequence[str
     """
     found = arrows(exchanges)
     names = _ordered(found, order)
-    label_width = min(max((len(_label(arrow)) for arrow in found), default=0), 30)
+    label_width = min(max((len(_label(arrow)) for arrow in found), default=0), 36)
     gutter = _TIME + 2 + label_width + 2
     step = max(4, min(14, (width - gutter - 1) // max(len(names), 1)))
     places = {name: gutter + step // 2 + number * step for number, name in enumerate(names)}

@@ -55,7 +55,7 @@ def test_a_repeat_of_a_message_is_an_arrow_of_its_own() -> None:
     assert [(arrow.label, arrow.failed) for arrow in arrows([again, first])] == [
         ("trips.created", False),
         ("NoDriver", True),
-        ("trips.created (2. time)", False),
+        ("trips.created (attempt 2)", False),
     ]
 
 
