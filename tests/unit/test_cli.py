@@ -131,6 +131,7 @@ class Running:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
         assert self.process.stdout is not None
         self._stdout = self.process.stdout
@@ -138,10 +139,11 @@ class Running:
 
     def line(self, text: str) -> str:
         """Reads on until a line with this text."""
-        for line in self._stdout:
-            self.seen.append(line.rstrip())
-            if text in line:
-                return line.rstrip()
+        with self._patience():
+            for line in self._stdout:
+                self.seen.append(line.rstrip())
+                if text in line:
+                    return line.rstrip()
         raise AssertionError(f"it ended with {self.process.wait()} and never wrote {text!r}, but: {self.seen}")
 
     def send(self, number: int) -> None:
@@ -149,19 +151,26 @@ class Running:
 
     def end(self) -> int:
         """Reads on to the end; the exit code."""
-        self.seen += [line.rstrip() for line in self._stdout]
-        return self.process.wait()
+        with self._patience():
+            self.seen += [line.rstrip() for line in self._stdout]
+            return self.process.wait()
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        watchdog = threading.Timer(SECONDS, self.process.kill)
+        watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog.cancel()
 
 
 @contextmanager
 def running(folder: Path, *arguments: str, **environment: str) -> Iterator[Running]:
     command = Running(folder, *arguments, **environment)
-    watchdog = threading.Timer(SECONDS, command.process.kill)
-    watchdog.start()
     try:
         yield command
     finally:
-        watchdog.cancel()
         if command.process.poll() is None:
             command.process.kill()
         command.process.wait()
@@ -624,10 +633,15 @@ def test_up_brings_back_what_is_killed_and_stops_all_in_reverse_order(folder: Pa
         os.kill(pid, signal.SIGKILL)
         up.line("passengers was killed by SIGKILL; starting it again in 0.2 s")
         up.line("passengers is ready (2 of 2)")
-        up.send(signal.SIGTERM)
+        os.killpg(up.process.pid, signal.SIGINT)  # as a Ctrl-C in the terminal, which all of its processes get
         assert up.end() == 0, up.seen
-    stopped = [line.split()[-1] for line in up.seen if " stopping " in line and "all" not in line]
-    assert stopped == ["another", "passengers"]
+    ends = [line for line in up.seen if re.search(r"stopping (another|passengers)|draining|at once", line)]
+    assert [" ".join(line.split()[-2:]) for line in ends] == [
+        "stopping another",
+        "draining another",
+        "stopping passengers",
+        "draining passengers",
+    ]
 
 
 def test_up_ends_with_2_when_a_service_refuses_its_configuration(folder: Path) -> None:

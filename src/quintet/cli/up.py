@@ -105,8 +105,8 @@ class _Log:
             return
         from rich.text import Text
 
-        prefix = Text(f"{name:<{self._width}} | ", style=self._colours.get(name, "bold"))
-        self._console.print(prefix + Text.from_ansi(text))
+        name_and_bar = (f"{name:<{self._width}} | ", self._colours.get(name, "bold"))
+        self._console.print(Text.assemble(name_and_bar, Text.from_ansi(text)))
 
     def note(self, text: str) -> None:
         self.line("quintet", text)
