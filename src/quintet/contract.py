@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from enum import Enum
 from functools import cached_property
 from typing import (
+    TYPE_CHECKING,
     Annotated,
     Any,
     ClassVar,
@@ -207,6 +208,14 @@ class Operation(Generic[P, R, S]):
         self.contract, self.name = owner, name
 
     @overload
+    def __get__(self: Operation[P, R, Request], instance: None, owner: type[Any]) -> _OrCall[P, R, Request]: ...
+    @overload
+    def __get__(
+        self: Operation[P, R, Notification], instance: None, owner: type[Any]
+    ) -> _OrCall[P, R, Notification]: ...
+    @overload
+    def __get__(self: Operation[P, R, AsyncRequest], instance: None, owner: type[Any]) -> _OrPendingCall[P, R]: ...
+    @overload
     def __get__(self, instance: None, owner: type[Any]) -> Operation[P, R, S]: ...
     @overload
     def __get__(self: Operation[P, R, Request], instance: Contract, owner: type[Any]) -> Call[P, R]: ...
@@ -225,6 +234,11 @@ class Operation(Generic[P, R, S]):
             if self.style in FANOUT
             else f"{self}: this client is not connected yet (async with connect(...), or a service that is running)"
         )
+
+    if not TYPE_CHECKING:  # a type checker takes it for a blocking client's call, see _OrCall
+
+        def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
+            raise TypeError(f"{self!r} is an operation: it is called on a connected client, not on its contract")
 
     def __repr__(self) -> str:
         return f"{self.contract.__name__}.{self.name}"
@@ -346,6 +360,16 @@ class Operation(Generic[P, R, S]):
             kind = _hints(kind, f"{self!r}").get(step, NODEFAULT) if isinstance(kind, type) else NODEFAULT
         if kind is NODEFAULT:
             raise ContractError(f"{self!r}: key={self.key!r} names no field of its parameters")
+
+
+if TYPE_CHECKING:
+    import quintet.blocking_call as blocking
+
+    # A blocking client is typed as its contract's class (blocking.py), so what stands on the class is typed as the
+    # operation and as the call that blocks. In truth it is the one on the class, the other on such a client.
+    class _OrCall(Operation[P, R, S], blocking.Call[P, R]): ...
+
+    class _OrPendingCall(Operation[P, R, AsyncRequest], blocking.PendingCall[P, R]): ...
 
 
 class ContractInfo(Struct, frozen=True):

@@ -28,6 +28,7 @@ from quintet import (
     Reply,
     Service,
     async_request,
+    blocking,
     connect,
     current,
     deadline,
@@ -224,6 +225,46 @@ async def call() -> None:
             assert_type(error.path, str)
 
 
+# the caller in a thread
+
+
+def ride(client: blocking.Client[Trips]) -> Trip:
+    return client.get("t-1")
+
+
+def call_and_wait() -> None:
+    with blocking.connect(
+        Trips, ["http://127.0.0.1:8001"], policy=[Policy(timeout=0.3), on(Trips.get, timeout=2.0)]
+    ) as client:
+        assert_type(client, blocking.Client[Trips])
+        assert_type(ride(client), Trip)
+        assert_type(client.get("t-1"), Trip)
+        assert_type(client.get(trip_id="t-1"), Trip)
+        assert_type(client.create(Place(1.0), seats=2), Trip)
+        client.pick_up("t-1")
+        client.ping()
+        assert_type(client.get.using(timeout=0.1, key="t-1", headers={"x": "y"})("t-1"), Trip)
+        client.pick_up.using(expires=60.0)("t-1", at=Place(2.0))
+        with deadline(0.5):
+            reply = client.get.reply("t-1")
+        assert_type(reply, blocking.Reply[Trip])
+        assert_type(reply.value, Trip)
+        reply.links["cancel"]()
+
+        pending = client.receipt("t-1")
+        assert_type(pending, blocking.Pending[list[str]])
+        assert_type(pending.result(), list[str])
+        assert_type(pending.wait(1.0), list[str])
+        assert_type(client.receipt.pending(pending.id).result(), list[str])
+        assert_type(client.receipt.using(key="t-1")("t-1").id, str)
+        pending.cancel()
+        submit: blocking.PendingCall[[str], list[str]] = client.receipt
+        ping: blocking.Call[[], None] = client.ping
+        assert_type(list(map(client.get, ["t-1", "t-2"])), list[Trip])
+        submit("t-1")
+        ping()
+
+
 async def main() -> None:
     async with serve(service, listener, at="memory://", connect={Trips: "memory://", "billing": ["memory://"]}) as at:
         assert_type(at, list[str])
@@ -232,4 +273,4 @@ async def main() -> None:
 
 assert_type(model_of(Trips), ContractModel)
 assert_type(Trips.get.name, str)
-everything: list[Any] = [ask, main]
+everything: list[Any] = [ask, main, call_and_wait]

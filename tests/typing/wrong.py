@@ -10,6 +10,7 @@ from quintet import (
     Fault,
     Service,
     async_request,
+    blocking,
     connect,
     event,
     notification,
@@ -93,6 +94,33 @@ async def call() -> None:
     connect(Trip, "memory://")  # wrong: no contract
     on(Trip, timeout=1.0)  # wrong: no operation
     on(Trips.get, timeout="1 s")  # wrong: type of an option
+
+
+def call_and_wait(other: blocking.Client[Wrong]) -> None:
+    with blocking.connect(Trips, "memory://") as client:
+        client.get(1)  # wrong: type of an argument
+        client.get("t-1", 2, 3)  # wrong: too many arguments
+        client.get()  # wrong: an argument is missing
+        client.get("t-1", colour="red")  # wrong: unknown keyword
+        number: int = client.get("t-1")  # wrong: type of the result
+        soon: Trip = client.receipt("t-1")  # wrong: it is a Pending until its result is asked for
+        later: int = client.receipt.pending("p-1").result()  # wrong: type of the answer
+        client.receipt("t-1").wait("1 s")  # wrong: type of the time-out
+        client.created(trip)  # wrong: an event is not called by a client
+        client.offers(trip)  # wrong: a survey is not called by a client
+        client.get.using(retries=3)("t-1")  # wrong: unknown option
+        client.get.using(timeout=1.0)(1)  # wrong: type of an argument behind using
+        reply = client.get.reply(1)  # wrong: type of an argument of reply
+        print(reply.value.colour)  # wrong: no field of the reply's value
+        client.delete("t-1")  # wrong: no such operation
+        client.get.pending("p-1")  # wrong: only an async request is pending
+        call_and_wait(client)  # wrong: another contract's client
+    print(number, soon, later, other)
+    blocking.connect(Trip, "memory://")  # wrong: no contract
+
+
+async def wait_for_nothing(client: blocking.Client[Trips]) -> None:
+    await client.get("t-1")  # wrong: a blocking client's call is not awaited
 
 
 async def send() -> None:

@@ -11,6 +11,7 @@ import quintet
 
 ROOT = Path(quintet.__file__).parent
 ABOVE = {
+    "blocking": "sides",
     "client": "sides",
     "server": "sides",
     "mock": "sides",
