@@ -301,7 +301,8 @@ def test_no_more_than_ten_of_one_fallback_function_run_at_once() -> None:
             assert running == 10
             assert sum(isinstance(call.exception(), RemoteError) for call in calls if call.done()) == 5
             await desk.clock.advance(1.1)
-            await asyncio.wait(calls)
+            ended = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(error, RemoteError) for error in ended)
 
     run(main)
 

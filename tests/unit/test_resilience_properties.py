@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 
+import pytest
 from callee import Passengers
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -85,15 +86,13 @@ class CircuitAgainstItsModel(RuleBasedStateMachine):
     @rule()
     def call(self) -> None:
         expected = self.model.admit(self.clock.now())
-        try:
-            permit = self.circuit.admit()
-        except CircuitOpen as error:
-            assert expected is None
-            assert error.retry_after is not None
-            assert 0 < error.retry_after <= 5
+        if expected is None:
+            with pytest.raises(CircuitOpen) as refused:
+                self.circuit.admit()
+            assert refused.value.retry_after is not None
+            assert 0 < refused.value.retry_after <= 5
         else:
-            assert expected is not None
-            self.under_way.append((permit, expected))
+            self.under_way.append((self.circuit.admit(), expected))
 
     @precondition(lambda self: self.under_way)
     @rule(
