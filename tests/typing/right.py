@@ -14,6 +14,8 @@ from msgspec import Struct
 
 from quintet import (
     Answer,
+    Breaker,
+    Bulkhead,
     Call,
     CallError,
     Contract,
@@ -24,8 +26,10 @@ from quintet import (
     Pending,
     PendingCall,
     Policy,
+    Rate,
     Redelivery,
     Reply,
+    Retry,
     Service,
     async_request,
     blocking,
@@ -37,6 +41,7 @@ from quintet import (
     on,
     request,
     serve,
+    stale,
     survey,
 )
 from quintet.compiler import model_of
@@ -225,6 +230,35 @@ async def call() -> None:
             assert_type(error.path, str)
 
 
+# policies
+
+UNKNOWN = Trip("?", Place(0.0))
+
+
+async def guess(trip_id: str) -> Trip:
+    return UNKNOWN
+
+
+@Policy(
+    timeout=0.3, bulkhead=Bulkhead(20), breaker=Breaker(error_rate=0.5, min_calls=20), retry=Retry(2, budget=0.2)
+).guards
+async def resize(picture: bytes, *, width: int = 100) -> bytes:
+    return picture[:width]
+
+
+@Policy(rate=Rate(10)).guards(name="mail.send", idempotent=True)
+async def send(to: str) -> int:
+    return len(to)
+
+
+async def guarded() -> None:
+    on(Trips.get, fallback=[stale(max_age=60), guess, UNKNOWN])
+    on(Trips.get, fallback=[UNKNOWN], breaker=False, bulkhead=Bulkhead(5))
+    on(Trips.get, fallback=[guess])
+    assert_type(await resize(b"", width=3), bytes)
+    assert_type(await send("ada"), int)
+
+
 # the caller in a thread
 
 
@@ -273,4 +307,4 @@ async def main() -> None:
 
 assert_type(model_of(Trips), ContractModel)
 assert_type(Trips.get.name, str)
-everything: list[Any] = [ask, main, call_and_wait]
+everything: list[Any] = [ask, main, call_and_wait, guarded]

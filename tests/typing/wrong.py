@@ -8,6 +8,7 @@ from msgspec import Struct
 from quintet import (
     Contract,
     Fault,
+    Policy,
     Service,
     async_request,
     blocking,
@@ -49,6 +50,19 @@ class Trips(Contract, name="trips"):
 
 service = Service(Trips)
 trip = Trip("t-1")
+
+
+async def count(trip_id: str, seats: int = 1) -> int:
+    return seats
+
+
+async def by_number(trip_id: int, seats: int = 1) -> Trip:
+    return trip
+
+
+@Policy(timeout=0.3).guards
+async def guarded(number: int) -> bytes:
+    return bytes(number)
 
 
 class Wrong(Contract, name="wrong"):
@@ -94,6 +108,15 @@ async def call() -> None:
     connect(Trip, "memory://")  # wrong: no contract
     on(Trip, timeout=1.0)  # wrong: no operation
     on(Trips.get, timeout="1 s")  # wrong: type of an option
+
+
+on(Trips.get, breaker=0.5)  # wrong: settings stand in their class
+on(Trips.get, fallback=["nobody"])  # wrong: type of a fallback's value
+on(Trips.get, fallback=[count])  # wrong: result of a fallback function
+on(Trips.get, fallback=[by_number])  # wrong: parameter of a fallback function
+on(Trips.get, fallback=trip)  # wrong: a fallback is a chain
+guarded("seven")  # wrong: a guarded function keeps its parameters
+Policy(bulkhead=20)  # wrong: settings stand in their class
 
 
 def call_and_wait(other: blocking.Client[Wrong]) -> None:
