@@ -13,8 +13,9 @@ from msgspec import structs
 from quintet.binding import PENDING, Bound, bind, fill_link
 from quintet.call import DEFAULTS, Call, Options, Pending, PendingCall, Reply
 from quintet.clock import SYSTEM, Clock
+from quintet.compiler import model_of
 from quintet.context import CURRENT
-from quintet.contract import FANOUT, NEEDS, Contract, Fault, Operation, Style, check
+from quintet.contract import FANOUT, NEEDS, Contract, Fault, Operation, Style
 from quintet.errors import CallError, CannotCarry, ConnectionLost, DeadlineExceeded, Safety
 from quintet.fallback import Fallbacks, what_was_asked
 from quintet.filter import Guarded, State, client_chain
@@ -139,7 +140,7 @@ class Sender:
 def _raising(exchange: Handler, bound: Bound) -> Handler:
     async def exchange_or_raise(message: Message) -> Message | None:
         reply = await exchange(message)
-        if reply is not None and reply.status:
+        if reply is not None:
             failure = bound.failure(reply)  # an exception again, inside the filters: retry and breaker must see it
             if failure is not None:
                 raise failure
@@ -170,7 +171,9 @@ class Line:
         message = self.sender.prepare(args, kwargs, options)
         if self._fallbacks:
             return (await self._answer(self._fallbacks, message, args, kwargs)).value
-        reply = await self.sender.send(message)
+        return self._value_of(message, await self.sender.send(message))
+
+    def _value_of(self, message: Message, reply: Message | None) -> Any:
         if self._waits:
             return self.sender.bound.result(_there(reply, self.name))
         return Pending(self, message.id) if self._companions else None
@@ -181,7 +184,7 @@ class Line:
             return await self._answer(self._fallbacks, message, args, kwargs)
         reply = await self.sender.send(message)
         if not self._waits:
-            return Reply(Pending(self, message.id) if self._companions else None, reply.headers if reply else {})
+            return Reply(self._value_of(message, reply), reply.headers if reply else {})
         return self._read(_there(reply, self.name))
 
     async def _answer(
@@ -208,13 +211,13 @@ class Line:
 
     async def _follow(self, name: str, href: str, value: Any, *args: Any, **kwargs: Any) -> Any:
         operation = self.sender.operation
-        target = self._lines[operation.links[name].operation].sender
+        target = self._lines[operation.links[name].operation]
         filled = fill_link(operation, name, value)
-        open_fields = [field for field in target.operation.record.__struct_fields__ if field not in filled]
-        message = target.prepare((), filled | dict(zip(open_fields, args, strict=False)) | kwargs)
+        open_fields = [field for field in target.sender.operation.record.__struct_fields__ if field not in filled]
+        message = target.sender.prepare((), filled | dict(zip(open_fields, args, strict=False)) | kwargs)
         if href:
             message.headers[":path"] = href
-        return target.bound.result(_there(await target.send(message), target.operation.full_name))
+        return target._value_of(message, await target.sender.send(message))
 
     async def result(self, pending_id: str, wait: float | None) -> Any:
         collect, clock = self._companion(0), self.sender.clock
@@ -306,7 +309,7 @@ class connect(Generic[C]):  # noqa: N801 - reads as a verb: async with connect(T
         format: str = "json",  # noqa: A002 - the word users know
         clock: Clock = SYSTEM,
     ) -> None:
-        check(contract)
+        model_of(contract)  # refuses what contradicts itself
         self._contract = contract
         self._addresses = [addresses] if isinstance(addresses, str) else list(addresses)
         self._policy = policy

@@ -18,8 +18,9 @@ from quintet.binding import DECLINED, Bound, bind
 from quintet.call import Answer
 from quintet.client import COLLECT_WAIT, Carriers, Sender, plug
 from quintet.clock import SYSTEM, Clock
+from quintet.compiler import model_of
 from quintet.context import CURRENT, Current
-from quintet.contract import FANOUT, NEEDS, Contract, Event, Fault, Operation, Style, Survey, check
+from quintet.contract import FANOUT, NEEDS, Contract, Event, Fault, Operation, Style, Survey
 from quintet.delivery import HandlerFailed, Redelivery, decide
 from quintet.errors import (
     CallError,
@@ -34,7 +35,7 @@ from quintet.errors import (
     UnknownPending,
 )
 from quintet.errors import Cancelled as WorkCancelled
-from quintet.filter import Guarded, State, chain, server_filters
+from quintet.filter import Guarded, State, server_chain
 from quintet.message import Channel, Handler, Message, new_id
 from quintet.policy import DEFAULT, Bulkhead, Policies, Policy
 from quintet.record import Exchange, Recorder
@@ -70,7 +71,9 @@ class Service:
     worked off. `answers`: where the answers of async requests are kept, a file that all instances share
     (".quintet/<name>.db") unless "memory://" or another is named, for `keep_answers` seconds. `concurrency`: handlers
     at work at once; up to the `bulkhead` of its `policy` more requests wait their turn, others are refused.
-    `max_body`: bytes that a message's body may have. `lifespan`: an async context manager around all.
+    `max_body`: bytes that a message's body may have. `grace`: seconds that what is in work has to end when the service
+    stops; what is longer is cancelled, and comes again where it was queued. `lifespan`: an async context manager
+    around all.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Service:
         keep_answers: float = 7 * 24 * 3600.0,
         concurrency: int = 100,
         max_body: int = 4 * 1024 * 1024,
+        grace: float = 30.0,
         policy: Policy = Policy(),  # noqa: B008 - frozen
         redelivery: Redelivery = Redelivery(),  # noqa: B008 - frozen
         lifespan: Callable[[Service], AbstractAsyncContextManager[object]] | None = None,
@@ -90,7 +94,7 @@ class Service:
         if contract is None and not name:
             raise ConfigurationError("a service without a contract needs a name: Service(name='notification')")
         if contract is not None:
-            check(contract)
+            model_of(contract)  # refuses what contradicts itself
         if concurrency < 1:
             raise ConfigurationError(f"Service(concurrency={concurrency}): at least 1 handler must be able to run")
         self.contract = contract
@@ -100,6 +104,7 @@ class Service:
         self.keep_answers = keep_answers
         self.concurrency = concurrency
         self.max_body = max_body
+        self.grace = grace
         self.policy = policy.over(DEFAULT)
         self.redelivery = redelivery
         self.lifespan = lifespan
@@ -138,7 +143,7 @@ class Service:
 
     def uses(self, contract: type[C], *, policy: Policies = ()) -> C:
         """A typed client of another service, connected when this one starts, where the deployment says it is."""
-        check(contract)
+        model_of(contract)
         client = contract()
         self.clients.append((client, policy))
         return client
@@ -287,11 +292,21 @@ class Running:
             await self._serve(handling)
 
     async def stop(self) -> None:
-        """Takes no more, lets what is in work end, and frees what it held."""
+        """Takes no more, lets what is in work end within the service's grace, and frees what it held."""
         self._draining = True
         for looking in self._looking:
             looking.cancel()
-        await asyncio.gather(*(serving.stop() for serving in self._servings))
+        stopping = [asyncio.ensure_future(serving.stop()) for serving in self._servings]
+        late = (
+            (await asyncio.wait(stopping, timeout=self.service.grace))[1] if stopping else set[asyncio.Future[None]]()
+        )
+        for stop in late:
+            stop.cancel()  # and with it the work that it waits for
+        if late:
+            log.warning("%s: what was in work after %g s was cancelled", self.service.name, self.service.grace)
+        for outcome in await asyncio.gather(*stopping, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                log.error("%s: a channel did not stop cleanly", self.service.name, exc_info=outcome)
         self._servings.clear()
         await self._stack.aclose()
         self.service.running = None
@@ -460,7 +475,7 @@ class Running:
                 CURRENT.reset(token)
             return bound.reply(message, value)
 
-        handle = chain(server_filters(self._guarded(operation)), call)
+        handle = server_chain(self._guarded(operation), call)
         return handle if self._recorder is None else self._recorded(handle, operation, self._recorder)
 
     def _recorded(self, handle: Handler, operation: AnyOperation, recorder: Recorder) -> Handler:
@@ -525,7 +540,7 @@ class Running:
                 await self._store.accept(message.id)
             return outside.accepted(message)
 
-        handle = chain(server_filters(self._guarded(operation)), keep)
+        handle = server_chain(self._guarded(operation), keep)
 
         async def receive(message: Message) -> Verdict:
             try:

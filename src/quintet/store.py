@@ -36,7 +36,7 @@ class AnswerStore(Protocol):
     async def close(self) -> None: ...
 
     async def accept(self, id: str) -> None:  # noqa: A002 - the word for it
-        """Makes the id known as pending, unless it is known already."""
+        """Makes the id known as pending, unless it is settled already; whoever asks for it again keeps it so."""
         ...
 
     async def answer(self, id: str, reply: Message) -> bool:  # noqa: A002
@@ -50,7 +50,7 @@ class AnswerStore(Protocol):
     async def get(self, id: str, wait: float = 0.0) -> Kept | None:  # noqa: A002
         """What is known, as soon as it is settled by whichever process, after at most `wait` seconds.
 
-        At once None where the id is unknown: never accepted, or settled longer ago than is kept.
+        At once None where the id is unknown: never accepted, or not touched for longer than is kept.
         """
         ...
 
@@ -58,7 +58,7 @@ class AnswerStore(Protocol):
 def open_store(address: str, *, keep: float = KEEP_SECONDS, clock: Clock = SYSTEM) -> AnswerStore:
     """A store, not yet opened: sqlite:///rides.db, which processes and transports share, or memory:// for one alone.
 
-    `keep`: seconds that a settled entry is kept, by the wall clock. Raises AddressError.
+    `keep`: seconds that an entry is kept after its last change, by the wall clock. Raises AddressError.
     """
     parsed = parse_address(address)
     for kind in (_SqliteStore, _MemoryStore):
@@ -123,7 +123,7 @@ class _MemoryStore(_Store):
 
     def __init__(self, address: Address, keep: float, clock: Clock) -> None:
         super().__init__(address, keep, clock)
-        self._entries: dict[str, tuple[Kept, float]] = {}  # settled ones at the end, oldest first, with their time
+        self._entries: dict[str, tuple[Kept, float]] = {}  # with the time of its last change, oldest first
 
     async def open(self) -> None: ...
 
@@ -133,7 +133,8 @@ class _MemoryStore(_Store):
 
     async def accept(self, id: str) -> None:  # noqa: A002
         self._forget()
-        self._entries.setdefault(id, (Kept(id, "pending"), float("inf")))
+        if id not in self._entries or self._entries[id][0].state == "pending":
+            self._put(Kept(id, "pending"))
 
     async def answer(self, id: str, reply: Message) -> bool:  # noqa: A002
         self._forget()
@@ -154,27 +155,30 @@ class _MemoryStore(_Store):
         return kept[0] if kept else None
 
     def _settle(self, kept: Kept) -> None:
+        self._put(kept)
+        self._wake(kept.id)
+
+    def _put(self, kept: Kept) -> None:
         self._entries.pop(kept.id, None)
         self._entries[kept.id] = (kept, self._clock.wall())
-        self._wake(kept.id)
 
     def _forget(self) -> None:
         horizon = self._clock.wall() - self._keep
-        for key in [key for key, (_, settled) in self._entries.items() if settled < horizon]:
-            del self._entries[key]
+        while self._entries and self._entries[oldest := next(iter(self._entries))][1] < horizon:
+            del self._entries[oldest]
 
 
 _TOPIC = "answers"
 _SCHEMA = """
-CREATE TABLE IF NOT EXISTS quintet_answer (id TEXT PRIMARY KEY, state TEXT NOT NULL, settled REAL, reply BLOB);
-CREATE INDEX IF NOT EXISTS quintet_answer_settled ON quintet_answer (settled) WHERE settled IS NOT NULL;
+CREATE TABLE IF NOT EXISTS quintet_answer (id TEXT PRIMARY KEY, state TEXT NOT NULL, changed REAL NOT NULL, reply BLOB);
+CREATE INDEX IF NOT EXISTS quintet_answer_changed ON quintet_answer (changed);
 """
 _encode = msgpack.Encoder().encode
 _decode = msgpack.Decoder(Message).decode
 
 
 class _Entry(Struct):
-    """What is to be written: at `now`, and what was settled before `horizon` may go."""
+    """What is to be written: at `now`, and what was last changed before `horizon` may go."""
 
     id: str
     now: float
@@ -247,7 +251,10 @@ def _bare(reply: Message) -> Message:
 
 def _accept(transaction: Transaction, entry: _Entry) -> None:
     _forget(transaction, entry)
-    transaction.execute("INSERT OR IGNORE INTO quintet_answer (id, state) VALUES (?, 'pending')", entry.id)
+    sql = """
+      INSERT INTO quintet_answer (id, state, changed) VALUES (?, 'pending', ?)
+      ON CONFLICT (id) DO UPDATE SET changed = excluded.changed WHERE state = 'pending'"""
+    transaction.execute(sql, entry.id, entry.now)
 
 
 def _answer(transaction: Transaction, entry: _Entry) -> bool:
@@ -264,8 +271,8 @@ def _cancel(transaction: Transaction, entry: _Entry) -> bool:
 def _settle(transaction: Transaction, entry: _Entry, state: State) -> bool:
     _forget(transaction, entry)
     sql = """
-      INSERT INTO quintet_answer (id, state, settled, reply) VALUES (?, ?, ?, ?)
-      ON CONFLICT (id) DO UPDATE SET state = excluded.state, settled = excluded.settled, reply = excluded.reply
+      INSERT INTO quintet_answer (id, state, changed, reply) VALUES (?, ?, ?, ?)
+      ON CONFLICT (id) DO UPDATE SET state = excluded.state, changed = excluded.changed, reply = excluded.reply
       WHERE state = 'pending' RETURNING id"""
     first = bool(transaction.execute(sql, entry.id, state, entry.now, entry.reply))
     if first:
@@ -274,13 +281,13 @@ def _settle(transaction: Transaction, entry: _Entry, state: State) -> bool:
 
 
 def _get(transaction: Transaction, entry: _Entry) -> tuple[State, bytes | None] | None:
-    sql = "SELECT state, reply FROM quintet_answer WHERE id = ? AND (settled IS NULL OR settled >= ?)"
+    sql = "SELECT state, reply FROM quintet_answer WHERE id = ? AND changed >= ?"
     found: list[Any] = transaction.execute(sql, entry.id, entry.horizon)
     return found[0] if found else None
 
 
 def _forget(transaction: Transaction, entry: _Entry) -> None:
-    transaction.execute("DELETE FROM quintet_answer WHERE settled < ?", entry.horizon)
+    transaction.execute("DELETE FROM quintet_answer WHERE changed < ?", entry.horizon)
 
 
 def _create(transaction: Transaction, _: None) -> None:

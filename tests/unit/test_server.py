@@ -522,6 +522,29 @@ def test_a_drain_lets_what_is_in_work_end() -> None:
     run(main)
 
 
+def test_work_that_outlasts_the_grace_is_cancelled_and_comes_again() -> None:
+    async def main() -> None:
+        service, begun, attempts = trips(grace=0.01), asyncio.Event(), []
+
+        async def work(trip_id: str, place: Place) -> None:
+            attempts.append(trip_id)
+            begun.set()
+            if len(attempts) == 1:
+                await asyncio.Event().wait()
+
+        behave(service, "pickup_requested", work)
+        async with connect(Trips, "memory://") as client:
+            async with serve(service, at="memory://"):
+                await client.pickup_requested("t-1", Place(1))
+                await begun.wait()
+            begun.clear()
+            async with serve(service, at="memory://"):
+                await begun.wait()
+        assert attempts == ["t-1", "t-1"]
+
+    run(main)
+
+
 def test_current_tells_the_sender_the_headers_and_the_attempt() -> None:
     async def main() -> None:
         service, seen = trips(), []

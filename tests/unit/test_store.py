@@ -125,7 +125,7 @@ def test_a_closed_store_leaves_nobody_waiting(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_settled_entries_go_after_their_time_and_pending_ones_stay(address: str) -> None:
+def test_entries_go_after_their_time_and_pending_ones_stay_as_long_as_they_are_asked_for(address: str) -> None:
     async def main() -> None:
         clock = FakeClock()
         store = open_store(address, keep=100.0, clock=clock)
@@ -135,8 +135,11 @@ def test_settled_entries_go_after_their_time_and_pending_ones_stay(address: str)
         await store.cancel("cancelled")
         await clock.advance(99.0)
         assert [bool(await store.get(key)) for key in ("pending", "answered", "cancelled")] == [True, True, True]
+        await store.accept("pending")
         await clock.advance(2.0)
         assert [bool(await store.get(key)) for key in ("pending", "answered", "cancelled")] == [True, False, False]
+        await clock.advance(100.0)
+        assert await store.get("pending") is None
         assert await store.answer("answered", REPLY) is True, "what is forgotten is as if it had never been"
         await store.close()
 
