@@ -150,16 +150,11 @@ class Process:
         await self._become(State.STARTING)
         with ours:
             with theirs:
-                child = await asyncio.create_subprocess_exec(
-                    *self._command(theirs.fileno()),
-                    cwd=self._folder,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1", **self._service.env},
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.STDOUT,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,  # a Ctrl-C in the terminal reaches us alone: we stop them in order
-                )
+                try:
+                    child = await self._spawn(theirs.fileno())
+                except OSError as error:  # no such folder, no more processes
+                    self.exit_code = 1
+                    return self._say(f"cannot be started: {error}".encode())
             self.pid = child.pid
             assert child.stdout is not None, "stdout is a pipe"  # noqa: S101
             reading = asyncio.create_task(self._read(child.stdout))
@@ -175,6 +170,18 @@ class Process:
                 announced.cancel()
                 await asyncio.wait([reading, announced], timeout=1.0)  # a grandchild may hold the pipe open
                 reading.cancel()
+
+    async def _spawn(self, descriptor: int) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *self._command(descriptor),
+            cwd=self._folder,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self._service.env},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            pass_fds=[descriptor],
+            start_new_session=True,  # a Ctrl-C in the terminal reaches us alone: we stop them in order
+        )
 
     def _command(self, descriptor: int) -> Iterator[str]:
         service = self._service

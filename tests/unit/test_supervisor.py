@@ -17,7 +17,7 @@ from quintet.errors import ConfigurationError, TransportError
 from quintet.supervisor import Process, State, running
 
 MODULE = """
-import asyncio, os, pathlib, sys
+import asyncio, contextlib, os, pathlib
 from contextlib import asynccontextmanager
 from quintet import Service
 
@@ -50,6 +50,16 @@ async def hang(service):
         await asyncio.Event().wait()
 
 stuck = Service(name="stuck", lifespan=hang)
+
+@asynccontextmanager
+async def drain_at_the_gate(service):
+    yield
+    with contextlib.suppress(BrokenPipeError):  # who read it may be gone
+        print("drains", flush=True)
+    await asyncio.to_thread(lambda: open("gate").readline())
+    pathlib.Path("drained").touch()
+
+gated = Service(name="gated", lifespan=drain_at_the_gate)
 """
 
 
@@ -194,18 +204,35 @@ async def test_instances_are_processes_of_their_own_with_free_ports(folder: Path
         assert not any(address.endswith(":0") for address in ports)
 
 
-@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits for a process that is not its child: Linux only")
-def test_processes_whose_supervisor_was_killed_drain_and_end(folder: Path) -> None:
-    (folder / "quintet.toml").write_text('[service.one]\napp = "services:service"\n')
+LINUX = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits for a process that is not its child")
+
+
+@LINUX
+@pytest.mark.parametrize("draining", [False, True], ids=["serving", "draining"])
+def test_processes_whose_supervisor_was_killed_drain_and_end(folder: Path, draining: bool) -> None:
+    (folder / "quintet.toml").write_text('[service.one]\napp = "services:gated"\n')
+    os.mkfifo(folder / "gate")
     up = subprocess.Popen([sys.executable, "-m", "quintet", "up"], cwd=folder, stdout=subprocess.PIPE, text=True)
     assert up.stdout is not None
     with up.stdout as lines:
         pid = next(int(line.split()[-1]) for line in lines if "pid " in line)
-        next(line for line in lines if "all 1 ready" in line)
-        child = os.pidfd_open(pid)
+        child, gate = os.pidfd_open(pid), os.open(folder / "gate", os.O_RDWR)
         try:
+            next(line for line in lines if "all 1 ready" in line)
+            if draining:
+                up.terminate()
+                next(line for line in lines if "drains" in line)
             up.kill()
             up.wait()
+            os.write(gate, b"go on\n")
             assert select.select([child], [], [], 20.0)[0], "the service must notice and end"
+            assert (folder / "drained").exists(), "and cut nothing off"
         finally:
             os.close(child)
+            os.close(gate)
+
+
+async def test_a_process_that_cannot_be_started_says_why(folder: Path) -> None:
+    with pytest.raises(TransportError, match=r"one was not ready within 1 s: cannot be started: .*nowhere"):
+        async with running(deployment(folder / "nowhere", one="service"), timeout=1.0):
+            pytest.fail("it must not begin")

@@ -27,7 +27,7 @@ for command, summary, examples in (
     (mock.mock, "Serve a contract that nobody has implemented yet.", mock.EXAMPLES),
     (new.new, "Write a project that runs and whose tests pass.", new.EXAMPLES),
 ):
-    app.command(short_help=summary, epilog=examples)(command)
+    app.command(short_help=summary, epilog=f"{examples}\nExit codes: `quintet --help` lists them.")(command)
 app.add_typer(channels.dead, name="dead", short_help="List, show, replay or drop what could not be handled.")
 
 

@@ -51,7 +51,7 @@ def call(
         str, typer.Argument(metavar="MODULE:CONTRACT.OPERATION", help="As rides.contracts:Trips.create.")
     ],
     values: Annotated[
-        str, typer.Argument(metavar="[JSON]", help="Its parameters as an object; @FILE reads a file, - reads stdin.")
+        str, typer.Argument(metavar="JSON", help="Its parameters as an object; @FILE reads a file, - reads stdin.")
     ] = "{}",
     to: Annotated[
         list[str], typer.Option("--to", metavar="ADDRESS", help="Where its service is; may be repeated.")

@@ -36,7 +36,7 @@ BATCH = 100  # dead letters that are replayed or dropped in one step: between tw
 
 At = Annotated[str, typer.Option("--at", metavar="ADDRESS", help="The transport that keeps the dead letters.")]
 OfChannel = Annotated[str, typer.Option("--channel", metavar="NAME", help="Those of this channel only.")]
-Ids = Annotated[list[str], typer.Argument(metavar="[ID]...", help="Dead letters, as `dead list` names them.")]
+Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Dead letters, as `dead list` names them.")]
 All = Annotated[bool, typer.Option("--all", help="All dead letters (of --channel, where that is given).")]
 Json = Annotated[bool, typer.Option("--json", help="Writes lines of JSON, for programs.")]
 

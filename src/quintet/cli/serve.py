@@ -102,9 +102,16 @@ async def until_stopped(
 
     stop = stop_signals(begin, end)
     channel = socket.socket(fileno=supervisor) if supervisor >= 0 else None
+
+    def orphaned(channel: socket.socket) -> None:
+        """A supervisor says nothing, so what can be read is its end: nobody else would stop this process."""
+        loop.remove_reader(channel)
+        if not stop.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+
     if channel is not None:
         channel.setblocking(False)
-        loop.add_reader(channel, _orphaned, channel)
+        loop.add_reader(channel, orphaned, channel)
     try:
         async with serve_service(service, at=at, connect=connect, format=format_name, record=record) as addresses:
             ready = True
@@ -140,12 +147,6 @@ def stop_signals(begin: Callable[[], None], end: Callable[[int], None]) -> async
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, handle, number)
     return stop
-
-
-def _orphaned(channel: socket.socket) -> None:
-    """A supervisor says nothing, so what can be read is its end: nobody else would stop this process."""
-    asyncio.get_running_loop().remove_reader(channel)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Readable(logging.Formatter):

@@ -26,7 +26,7 @@ COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_red", "bright_c
 
 
 def up(
-    file: Annotated[str, typer.Argument(metavar="[FILE]", help="The deployment.")] = FILE,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The deployment.")] = FILE,
     within: Annotated[float, typer.Option("--within", help="Seconds that all services have to become ready.")] = 60.0,
     grace: Annotated[
         float, typer.Option("--grace", help="Seconds that each has to drain before it is killed.")
