@@ -1,35 +1,27 @@
-"""The chain that stands between a caller and a transport, and between a transport and a handler."""
+"""The filters that stand between a caller and a transport, and between a transport and a handler.
+
+A filter enforces one part of a policy. It is a function that wraps a Handler and gives a Handler, or the same one back
+where the policy does not ask for it: `client(guarded, handler)`, and `server(guarded, handler)` on the service's side.
+Each stands in its file in `filters/`, with its PLACE in the order: the lowest is the outermost. Filters see bytes and
+names, never the format.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from msgspec import Struct, field
 
 from quintet.clock import Clock
 from quintet.contract import Operation
-from quintet.message import Handler, Message
+from quintet.message import Handler
 from quintet.policy import Policy
 
 T = TypeVar("T")
-
-Filter: TypeAlias = Callable[[Message, Handler], Awaitable[Message | None]]
-"""Enforces one part of a policy around a Handler. Sees bytes and names, never the format."""
-
-
-def chain(filters: Iterable[Filter], handler: Handler) -> Handler:
-    """Wraps the handler so that the first filter is the outermost."""
-    for filter_ in reversed(list(filters)):
-        handler = _wrap(filter_, handler)
-    return handler
-
-
-def _wrap(filter_: Filter, inner: Handler) -> Handler:
-    return lambda message: filter_(message, inner)  # hands the coroutine on: no frame of its own while it waits
 
 
 class State:
@@ -67,27 +59,28 @@ class Guarded(Struct, frozen=True):
 
 
 def client_chain(guarded: Guarded, exchanges: Sequence[Handler]) -> Handler:
-    """The caller's filters around the exchanges with each address: of each file in `filters/` that offers `client`, by
-    its PLACE, the lowest outermost. The file that offers `balance` makes one handler of several."""
+    """The caller's filters around the exchanges with each address; the file that offers `balance` makes one of them."""
     handlers = list(exchanges)
-    for module in reversed(_modules()):
-        if hasattr(module, "balance"):
-            handlers = [module.balance(guarded, handlers)] if len(handlers) > 1 else handlers
-        elif hasattr(module, "client") and (filter_ := module.client(guarded)):
-            handlers = [_wrap(filter_, handler) for handler in handlers]
+    for module in _innermost_first():
+        if hasattr(module, "client"):
+            handlers = [module.client(guarded, handler) for handler in handlers]
+        elif hasattr(module, "balance") and len(handlers) > 1:
+            handlers = [module.balance(guarded, handlers)]
     (handler,) = handlers
     return handler
 
 
-def server_filters(guarded: Guarded) -> list[Filter]:
-    """The service's filters, outermost first: of each file in `filters/` that offers `server`, by its PLACE."""
-    builders = [module.server for module in _modules() if hasattr(module, "server")]
-    return [built for build in builders if (built := build(guarded))]
+def server_chain(guarded: Guarded, handler: Handler) -> Handler:
+    """The service's filters around the handler."""
+    for module in _innermost_first():
+        if hasattr(module, "server"):
+            handler = module.server(guarded, handler)
+    return handler
 
 
 @cache
-def _modules() -> list[Any]:
+def _innermost_first() -> list[Any]:
     import quintet.filters as folder
 
     found = [importlib.import_module(f"quintet.filters.{file.name}") for file in pkgutil.iter_modules(folder.__path__)]
-    return sorted(found, key=lambda module: module.PLACE)
+    return sorted(found, key=lambda module: -module.PLACE)

@@ -175,9 +175,8 @@ def test_work_that_ignores_cancellation_keeps_its_place_until_it_ends() -> None:
                     continue
             return message
 
-        guard = bulkhead.client(service.guarded)
-        assert guard is not None
-        work = asyncio.ensure_future(guard(Message(channel=Passengers.get.channel), stubborn))
+        guard = bulkhead.client(service.guarded, stubborn)
+        work = asyncio.ensure_future(guard(Message(channel=Passengers.get.channel)))
         await service.clock.settle()
         work.cancel()
         await service.clock.settle()
@@ -280,7 +279,8 @@ class Desk(Contract, name="desk"):
 
 
 def test_one_way_sends_are_not_counted_as_outstanding() -> None:
-    assert bulkhead.client(Callee(Policy(), FakeClock(), Desk.tell).guarded) is None
+    service = Callee(Policy(), FakeClock(), Desk.tell)
+    assert bulkhead.client(service.guarded, service.exchange) == service.exchange
 
 
 def test_a_service_with_too_many_requests_in_work_refuses_at_once_and_says_that_nothing_was_begun() -> None:

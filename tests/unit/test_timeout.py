@@ -48,9 +48,9 @@ def test_work_that_swallows_its_cancellation_brings_a_late_result_that_is_no_suc
                 return message
             raise AssertionError("it is cancelled")
 
-        guard = timeout.client(service.guarded)
+        guard = timeout.client(service.guarded, stubborn)
         message = Message(channel=Passengers.get.channel, until=service.clock.now() + 1)
-        call = asyncio.ensure_future(guard(message, stubborn))
+        call = asyncio.ensure_future(guard(message))
         await service.clock.advance(1.01)
         assert isinstance(call.exception(), DeadlineExceeded)
 

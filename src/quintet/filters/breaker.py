@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from quintet.clock import Clock
 from quintet.errors import CircuitOpen
-from quintet.filter import Filter, Guarded
+from quintet.filter import Guarded
 from quintet.message import Handler, Message
 from quintet.outcome import ANSWERED, FAILURE, OUTCOMES, REFUSED, SHORT_CIRCUITED, SLOW, SUCCESS, TIMEOUT, outcome_of
 from quintet.policy import Breaker
@@ -174,17 +174,17 @@ class Circuit:
         self.free = not settings.force_open and (settings.force_closed or self.state == "closed")
 
 
-def client(guarded: Guarded) -> Filter | None:
+def client(guarded: Guarded, handler: Handler) -> Handler:
     settings, clock = guarded.policy.breaker, guarded.clock
     if not isinstance(settings, Breaker):
-        return None
+        return handler
     operation = guarded.operation
     name = operation.contract.__quintet__.name if settings.per == "service" else operation.full_name
     circuit = guarded.state(settings.per).of(Circuit, lambda: Circuit(name, clock, settings))
     circuit.settings = settings
     slow_call = settings.slow_call
 
-    async def breaker(message: Message, handler: Handler) -> Message | None:
+    async def breaker(message: Message) -> Message | None:
         permit = circuit.generation if circuit.free else circuit.admit()
         started = 0.0 if slow_call is None else clock.now()
         try:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from quintet.clock import Clock
 from quintet.contract import Style
 from quintet.errors import CallError, LimitReached, Overloaded
-from quintet.filter import Filter, Guarded
+from quintet.filter import Guarded
 from quintet.message import Handler, Message
 from quintet.policy import Bulkhead
 
@@ -85,36 +85,39 @@ def _settle(place: asyncio.Future[bool], given: bool) -> None:
         place.set_result(given)
 
 
-def client(guarded: Guarded) -> Filter | None:
+def client(guarded: Guarded, handler: Handler) -> Handler:
     operation = guarded.operation
     if operation.style is not Style.REQUEST or operation.parent:
-        return None  # one-way sends are not outstanding, and who waits for a pending answer holds nothing up
+        return handler  # one-way sends are not outstanding, and who waits for a pending answer holds nothing up
     name, service = operation.full_name, operation.contract.__quintet__.name
     return _limit(
         guarded,
+        handler,
         lambda limit: LimitReached(
             f"{name}: not sent, {limit} requests to {service} are outstanding (Bulkhead(limit) says how many may be)"
         ),
     )
 
 
-def server(guarded: Guarded) -> Filter | None:
+def server(guarded: Guarded, handler: Handler) -> Handler:
     operation = guarded.operation
     if operation.style is not Style.REQUEST or operation.parent:
-        return None  # what is queued waits where it is, and is taken as fast as it is worked off
+        return handler  # what is queued waits where it is, and is taken as fast as it is worked off
     return _limit(
-        guarded, lambda limit: Overloaded(f"{operation.full_name}: {limit} requests are in work, more are refused")
+        guarded,
+        handler,
+        lambda limit: Overloaded(f"{operation.full_name}: {limit} requests are in work, more are refused"),
     )
 
 
-def _limit(guarded: Guarded, full: Callable[[int], CallError]) -> Filter | None:
+def _limit(guarded: Guarded, handler: Handler, full: Callable[[int], CallError]) -> Handler:
     settings = guarded.policy.bulkhead
     if not isinstance(settings, Bulkhead):
-        return None
+        return handler
     outstanding = guarded.state(settings.per).of(Outstanding, lambda: Outstanding(guarded.clock))
     outstanding.configure(settings)
 
-    async def bulkhead(message: Message, handler: Handler) -> Message | None:
+    async def bulkhead(message: Message) -> Message | None:
         if outstanding.busy < outstanding.limit:  # the usual case without an await
             outstanding.busy += 1
         else:

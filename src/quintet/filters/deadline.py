@@ -5,18 +5,18 @@ from __future__ import annotations
 from quintet.context import CURRENT
 from quintet.contract import Style
 from quintet.errors import DeadlineExceeded, Safety
-from quintet.filter import Filter, Guarded
+from quintet.filter import Guarded
 from quintet.message import Handler, Message
 
 PLACE = 20  # above retry: all attempts together have this long
 
 
-def client(guarded: Guarded) -> Filter:
+def client(guarded: Guarded, handler: Handler) -> Handler:
     name, timeout, now = guarded.operation.full_name, guarded.policy.timeout, guarded.clock.now
     waits = guarded.operation.style in (Style.REQUEST, Style.SURVEY)
     expires = guarded.operation.expires
 
-    async def deadline(message: Message, handler: Handler) -> Message | None:
+    async def deadline(message: Message) -> Message | None:
         start = now()
         until = message.until  # set by using(timeout=...)
         if until is None and timeout is not None:
@@ -36,10 +36,10 @@ def client(guarded: Guarded) -> Filter:
     return deadline
 
 
-def server(guarded: Guarded) -> Filter:
+def server(guarded: Guarded, handler: Handler) -> Handler:
     name, now = guarded.operation.full_name, guarded.clock.now
 
-    async def drop_what_is_late(message: Message, handler: Handler) -> Message | None:
+    async def drop_what_is_late(message: Message) -> Message | None:
         if message.deadline is not None and message.deadline <= now():
             raise DeadlineExceeded(f"{name}: its deadline had passed before work was begun", safety=Safety.NOT_SENT)
         return await handler(message)

@@ -6,7 +6,7 @@ import logging
 import os
 
 from quintet.errors import BY_CODE
-from quintet.filter import Filter, Guarded
+from quintet.filter import Guarded
 from quintet.message import Handler, Message
 from quintet.policy import Injection
 
@@ -17,13 +17,13 @@ SWITCH = "QUINTET_INJECT"
 log = logging.getLogger("quintet.injection")
 
 
-def client(guarded: Guarded) -> Filter | None:
+def client(guarded: Guarded, handler: Handler) -> Handler:
     settings, name, clock = guarded.policy.injection, guarded.operation.full_name, guarded.clock
     if not isinstance(settings, Injection) or os.environ.get(SWITCH) != "on":
-        return None
+        return handler
     log.warning("%s: faults are injected, %r", name, settings)
 
-    async def injection(message: Message, handler: Handler) -> Message | None:
+    async def injection(message: Message) -> Message | None:
         if clock.random.random() < settings.rate:
             if settings.latency:
                 await clock.sleep(settings.latency)

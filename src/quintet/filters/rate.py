@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from quintet.contract import Style
 from quintet.errors import CallError, LimitReached, Overloaded
-from quintet.filter import Filter, Guarded
+from quintet.filter import Guarded
 from quintet.message import Handler, Message
 from quintet.policy import Rate
 
@@ -41,20 +41,23 @@ class Allowance:
         return 0.0
 
 
-def client(guarded: Guarded) -> Filter | None:
+def client(guarded: Guarded, handler: Handler) -> Handler:
     name = guarded.operation.full_name
     return _limit(
         guarded,
+        handler,
         lambda settings, wait: LimitReached(f"{name}: not sent, {_said(settings)} are allowed", retry_after=wait),
     )
 
 
-def server(guarded: Guarded) -> Filter | None:
+def server(guarded: Guarded, handler: Handler) -> Handler:
     name = guarded.operation.full_name
     if guarded.operation.style is not Style.REQUEST:
-        return None  # what is queued waits where it is
+        return handler  # what is queued waits where it is
     return _limit(
-        guarded, lambda rate, wait: Overloaded(f"{name}: refused, {_said(rate)} are taken in", retry_after=wait)
+        guarded,
+        handler,
+        lambda rate, wait: Overloaded(f"{name}: refused, {_said(rate)} are taken in", retry_after=wait),
     )
 
 
@@ -62,14 +65,14 @@ def _said(settings: Rate) -> str:
     return f"{settings.calls} calls in {settings.seconds:g} s"
 
 
-def _limit(guarded: Guarded, over: Callable[[Rate, float], CallError]) -> Filter | None:
+def _limit(guarded: Guarded, handler: Handler, over: Callable[[Rate, float], CallError]) -> Handler:
     settings, now = guarded.policy.rate, guarded.clock.now
     if not isinstance(settings, Rate):
-        return None
+        return handler
     allowance = guarded.state(settings.per).of(Allowance, Allowance)
     allowance.configure(settings, now())
 
-    async def rate(message: Message, handler: Handler) -> Message | None:
+    async def rate(message: Message) -> Message | None:
         if wait := allowance.take(settings, now()):
             raise over(settings, wait)
         return await handler(message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quintet.contract import Fault
 from quintet.errors import CallError, CircuitOpen, LimitReached, Safety
-from quintet.filter import Filter, Guarded
+from quintet.filter import Guarded
 from quintet.message import Handler, Message
 from quintet.policy import Retry
 from quintet.window import Window
@@ -39,10 +39,10 @@ class Budget:
         return True
 
 
-def client(guarded: Guarded) -> Filter | None:
+def client(guarded: Guarded, handler: Handler) -> Handler:
     settings, clock, operation = guarded.policy.retry, guarded.clock, guarded.operation
     if not isinstance(settings, Retry):
-        return None
+        return handler
     budget = guarded.shared.of(Budget, Budget)
     idempotent = operation.idempotent
 
@@ -52,7 +52,7 @@ def client(guarded: Guarded) -> Filter | None:
         safety = error.safety if isinstance(error, CallError) else Safety.UNKNOWN
         return safety is Safety.NOT_SENT or (safety is Safety.UNKNOWN and idempotent)
 
-    async def retry(message: Message, handler: Handler) -> Message | None:
+    async def retry(message: Message) -> Message | None:
         until, deadline = message.until, message.deadline
         budget.call(clock.now())
         for attempt in range(settings.times + 1):

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from quintet.clock import Wheel
 from quintet.errors import DeadlineExceeded
-from quintet.filter import Filter, Guarded
+from quintet.filter import Guarded
 from quintet.message import Handler, Message
 
 PLACE = 90  # below the breaker, which must see a time-out as a failure and not as a cancellation
@@ -26,13 +26,13 @@ class _Timer(Struct, eq=False):
         self.task.cancel()
 
 
-def client(guarded: Guarded) -> Filter:
+def client(guarded: Guarded, handler: Handler) -> Handler:
     name, clock, now = guarded.operation.full_name, guarded.clock, guarded.clock.now
     get_running_loop, current_task = asyncio.get_running_loop, asyncio.current_task
 
     latest: tuple[asyncio.AbstractEventLoop | None, Wheel] = (None, Wheel(clock))
 
-    async def timeout(message: Message, handler: Handler) -> Message | None:
+    async def timeout(message: Message) -> Message | None:
         nonlocal latest
         until = message.until
         loop = get_running_loop()
