@@ -7,7 +7,7 @@ import inspect
 import logging
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
@@ -192,7 +192,7 @@ class Question(Generic[R]):
         self._message = sender.prepare(args, kwargs)
 
     @asynccontextmanager
-    async def within(self, seconds: float, *, enough: int | None = None) -> AsyncIterator[AsyncIterator[Answer[R]]]:
+    async def within(self, seconds: float, *, enough: int | None = None) -> AsyncGenerator[AsyncIterator[Answer[R]]]:
         """The answers as they come, until so many seconds have passed or `enough` answers came."""
         if seconds <= 0 or (enough is not None and enough < 1):
             raise ConfigurationError(f"{self._sender.operation!r}: within(seconds > 0, enough >= 1)")
@@ -696,7 +696,7 @@ async def serve(
     format: str = "json",  # noqa: A002 - the word users know
     record: str = "",
     clock: Clock = SYSTEM,
-) -> AsyncIterator[list[str]]:
+) -> AsyncGenerator[list[str]]:
     """Runs services in this process and drains them at the end; gives the addresses that they are served at.
 
     `at`: where they are served, one address or several. `connect`: where the services are that they use, and where the
