@@ -119,7 +119,7 @@ class Trips(Contract, name="trips", version="1.0", http_level=3):
 
     @request(
         http=Http("POST /trips", location="/trips/{id}"),
-        faults=[NoSuchPassenger, PassengerInactive],
+        faults=(NoSuchPassenger, PassengerInactive),
         links={
             "trip": Link("get", fill={"trip_id": "id"}),
             "cancel": Link("cancel", when=may_be_cancelled, fill={"trip_id": "id"}),
@@ -137,7 +137,7 @@ class Trips(Contract, name="trips", version="1.0", http_level=3):
     async def get(self, trip_id: str) -> Trip:
         """The trip as it stands."""
 
-    @request(http="DELETE /trips/{trip_id}", faults=[NoSuchTrip, TooLateToCancel])
+    @request(http="DELETE /trips/{trip_id}", faults=(NoSuchTrip, TooLateToCancel))
     async def cancel(self, trip_id: str) -> Trip:
         """Cancels the trip."""
 
@@ -166,7 +166,7 @@ class Dispatch(Contract, name="dispatch", version="1.0"):
 class Billing(Contract, name="billing", version="1.0"):
     """Billing: what a trip costs."""
 
-    @async_request(http="POST /receipts", faults=[NoSuchTrip, TripNotOver], key="trip_id")
+    @async_request(http="POST /receipts", faults=(NoSuchTrip, TripNotOver), key="trip_id")
     async def receipt(self, trip_id: str) -> Receipt:
         """The receipt of a trip that is over: made in its own time, kept to be collected."""
 
@@ -174,7 +174,7 @@ class Billing(Contract, name="billing", version="1.0"):
 class Phone(Contract, name="phone", version="1.0"):
     """The passenger's phone."""
 
-    @async_request(http="POST /rides", faults=[NoSuchPassenger, PassengerInactive, TripCancelled])
+    @async_request(http="POST /rides", faults=(NoSuchPassenger, PassengerInactive, TripCancelled))
     async def ride(self, passenger_id: str, pickup: str, destination: str) -> Receipt:
         """The passenger's finger: take me there. The answer comes when the ride is over."""
 
