@@ -150,7 +150,6 @@ _IN_A_LOOP = (
 
 _lock = threading.Lock()  # over _host, and over the clients of it
 _host: _Host | None = None
-_inherited: list[_Host] = []  # by a fork: never collected, for their sockets are the parent's too
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -165,7 +164,7 @@ def _enter(one: client.connect[Any]) -> _Host:
     """The process's host, started with its first client."""
     global _host
     with _lock:
-        if _host is None:
+        if _host is None or _host.gone:
             _host = _Host()
         _host.clients.add(one)
         return _host
@@ -194,7 +193,6 @@ def _after_fork() -> None:
     _lock = threading.Lock()  # another thread may have held it
     if _host is not None:
         _host.gone = _FORKED
-        _inherited.append(_host)
         _host = None
 
 

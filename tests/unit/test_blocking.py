@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import weakref
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec import Struct
 
+import quintet
 from quintet import (
     Breaker,
     Bulkhead,
@@ -46,7 +49,7 @@ from quintet import (
     request,
     serve,
 )
-from quintet.blocking import _Host
+from quintet.blocking import _Host, _Work
 from quintet.policy import Policies
 
 PATIENCE = 20.0
@@ -424,17 +427,55 @@ def test_calls_in_a_loop_that_ends_are_given_up_and_none_hangs() -> None:
         assert isinstance(call.exception(PATIENCE), ConnectionLost)
     with pytest.raises(QuintetError, match="is closed"):
         host.run(hang, (), {})
-    host.gone = ""  # as for a caller who had looked just before
+    host.gone = ""  # as for a caller who looked just before
     with pytest.raises(QuintetError, match="is closed"):
         host.run(hang, (), {})
 
 
+def test_a_call_that_comes_too_late_to_be_begun_is_given_up() -> None:
+    host = _Host()
+
+    async def late() -> None:
+        raise AssertionError
+
+    work = _Work(host, late, (), {})
+    host.works.add(work)
+    host.stop()
+    assert work.lock.acquire(timeout=PATIENCE)
+    assert isinstance(work.error, ConnectionLost)
+
+
+def test_a_host_whose_loop_broke_is_replaced(address: str) -> None:
+    with blocking.connect(Trips, address) as client:
+        blocking._host.stop()  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+        with pytest.raises(QuintetError, match="is closed"):
+            client.get("t-1")
+        with blocking.connect(Trips, address) as another:
+            assert another.get("t-1") == Trip("t-1")
+
+
+def test_what_is_still_open_at_the_end_is_closed() -> None:
+    class Open:
+        closed = False
+
+        async def __aexit__(self, *_: object) -> None:
+            self.closed = True
+
+    host, one = _Host(), Open()
+    open_clients: set[Any] = host.clients
+    open_clients.add(one)
+    host.stop()
+    assert one.closed
+
+
 def script(code: str, *arguments: str) -> str:
     """What a process of its own prints, to either stream, before it ends."""
-    code = "from test_blocking import *; from quintet import blocking\n" + code
     done = subprocess.run(
         [sys.executable, "-W", "default", "-c", code, *arguments],
-        cwd=__file__.rpartition("/")[0],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(Path(quintet.__file__).parents[1]), str(Path(__file__).parent)]),
+        },
         capture_output=True,
         text=True,
         timeout=PATIENCE * 2,
@@ -446,31 +487,38 @@ def script(code: str, *arguments: str) -> str:
 
 def test_a_process_ends_though_a_client_is_open_and_a_daemon_waits_for_it(address: str, server: Server) -> None:
     code = """
+import atexit, threading
+names = lambda: [thread.name for thread in threading.enumerate() if thread.name == "quintet.blocking"]
+atexit.register(lambda: print(names()))  # what is registered first runs last
+
+from test_blocking import *
 client = blocking.connect(Trips, sys.argv[1], policy=Policy(timeout=3600.0)).__enter__()
 def wait():
     try:
         client.hang()
     except CallError:
-        print("given up")
+        pass
 threading.Thread(target=wait, daemon=True).start()
-print(client.get("t-1"))
+print(client.get("t-1"), names())
 """
-    assert script(code, address).startswith("Trip(id='t-1', state='new')\n")
+    assert script(code, address) == "Trip(id='t-1', state='new') ['quintet.blocking']\n[]\n"
 
 
 def test_a_client_is_refused_in_a_fork_where_another_can_be_connected(address: str) -> None:
     code = """
 import os
+from test_blocking import *
 with blocking.connect(Trips, sys.argv[1]) as client:
     client.get("t-1")
-    if os.fork() == 0:
-        try:
-            client.get("t-1")
-        except QuintetError as error:
-            print(error)
-        with blocking.connect(Trips, sys.argv[1]) as own:
-            print(own.get("child"))
-        sys.exit()
+    with blocking._lock:  # as another thread may hold it at that moment
+        if os.fork() == 0:
+            try:
+                client.get("t-1")
+            except QuintetError as error:
+                print(error)
+            with blocking.connect(Trips, sys.argv[1]) as own:
+                print(own.get("child"))
+            sys.exit()
     os.wait()
     print(client.get("parent"))
 """
