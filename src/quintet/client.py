@@ -15,7 +15,7 @@ from quintet.call import DEFAULTS, Call, Options, Pending, PendingCall, Reply
 from quintet.clock import SYSTEM, Clock
 from quintet.compiler import model_of
 from quintet.context import CURRENT
-from quintet.contract import FANOUT, NEEDS, Contract, Fault, Operation, Style
+from quintet.contract import FANOUT, LONGEST_WAIT, NEEDS, Contract, Fault, Operation, Style
 from quintet.errors import CallError, CannotCarry, ConnectionLost, DeadlineExceeded, Safety
 from quintet.fallback import Fallbacks, what_was_asked
 from quintet.filter import Guarded, State, client_chain
@@ -26,7 +26,6 @@ from quintet.transport import Trait, Transport, open_address, parse_address
 
 C = TypeVar("C", bound=Contract)
 
-COLLECT_WAIT = 20.0  # seconds that one request for a pending answer stays with the service before it asks again
 _TRACE = ("traceparent", "tracestate", "baggage")  # W3C trace context, handed on to nested calls
 
 
@@ -224,7 +223,7 @@ class Line:
         until = None if wait is None else clock.now() + wait
         failures = 0
         while True:
-            left = COLLECT_WAIT if until is None else min(COLLECT_WAIT, max(0.0, until - clock.now()))
+            left = LONGEST_WAIT if until is None else min(LONGEST_WAIT, max(0.0, until - clock.now()))
             message = collect.prepare((pending_id, left), {})
             message.until = clock.now() + left + collect.patience
             try:

@@ -68,6 +68,8 @@ NEEDS: dict[Style, frozenset[Trait]] = {
 FANOUT = frozenset({Style.EVENT, Style.SURVEY})
 DURABLE = frozenset({Style.NOTIFICATION, Style.ASYNC_REQUEST, Style.EVENT})  # nobody waits for it, so it must be kept
 
+LONGEST_WAIT = 20.0  # seconds that one request for a pending answer may stay with the service; then it is asked again
+
 
 _TAKEN = frozenset(dir(Exception)) | {"record", "status", "code"}
 

@@ -16,7 +16,7 @@ from msgspec.structs import asdict, astuple
 
 from quintet.binding import DECLINED, Bound, bind
 from quintet.call import Answer
-from quintet.client import COLLECT_WAIT, Carriers, Sender, plug
+from quintet.client import Carriers, Sender, plug
 from quintet.clock import SYSTEM, Clock
 from quintet.compiler import model_of
 from quintet.context import CURRENT, Current
@@ -32,15 +32,14 @@ from quintet.errors import (
     RemoteError,
     Safety,
     TooLarge,
-    UnknownPending,
 )
-from quintet.errors import Cancelled as WorkCancelled
 from quintet.filter import Guarded, State, server_chain
 from quintet.message import Channel, Handler, Message, new_id
+from quintet.pending import PendingWork, StillPending
 from quintet.policy import DEFAULT, Bulkhead, Policies, Policy
 from quintet.record import Exchange, Recorder
-from quintet.store import AnswerStore, Kept, open_store
-from quintet.transport import DONE, Again, Done, Receive, Serving, Trait, Transport, Verdict
+from quintet.store import open_store
+from quintet.transport import DONE, Done, Receive, Serving, Trait, Transport, Verdict
 
 log = logging.getLogger("quintet.service")
 
@@ -253,11 +252,8 @@ class Running:
         self._servings: list[Serving] = []
         self._outlets: dict[AnyOperation, Sender] = {}
         self._homes: dict[AnyOperation, Transport] = {}
-        self._answers: AnswerStore | None = None
+        self._pending: PendingWork | None = None
         self._kept: set[tuple[AnyOperation, str]] = set()  # what is worked off an inbox already
-        self._work: dict[str, asyncio.Task[Message | None]] = {}  # async requests being worked on here, by id
-        self._looking: set[asyncio.Future[Kept | None]] = set()  # those who wait for an answer here
-        self._draining = False
         self._stack = AsyncExitStack()
         self._state = State()  # what the filters of all its operations share
 
@@ -282,9 +278,10 @@ class Running:
             if operation.style in FANOUT:
                 await self._open_outlet(operation)
         if any(handling.operation.style is Style.ASYNC_REQUEST for handling in service.handlings.values()):
-            self._answers = open_store(service.answers, keep=service.keep_answers, clock=self.clock)
-            await self._answers.open()
-            self._stack.push_async_callback(self._answers.close)
+            store = open_store(service.answers, keep=service.keep_answers, clock=self.clock)
+            await store.open()
+            self._stack.push_async_callback(store.close)
+            self._pending = PendingWork(store, self.clock)
         service.running = self
         if service.lifespan is not None:
             await self._stack.enter_async_context(service.lifespan(service))
@@ -293,9 +290,8 @@ class Running:
 
     async def stop(self) -> None:
         """Takes no more, lets what is in work end within the service's grace, and frees what it held."""
-        self._draining = True
-        for looking in self._looking:
-            looking.cancel()
+        if self._pending:
+            self._pending.drain()
         stopping = [asyncio.ensure_future(serving.stop()) for serving in self._servings]
         late = (
             (await asyncio.wait(stopping, timeout=self.service.grace))[1] if stopping else set[asyncio.Future[None]]()
@@ -369,9 +365,9 @@ class Running:
                 await self._keep(transport, handling, self.service.inbox)
             else:
                 await self._listen(transport, handling)
-            if operation.style is Style.ASYNC_REQUEST:
-                for companion, work in zip(operation.companions, (self._collector, self._withdrawer), strict=True):
-                    function = work(operation, Trait.REPLIES in transport.traits)
+            if self._pending and operation.style is Style.ASYNC_REQUEST:
+                functions = self._pending.companions(operation, direct=Trait.REPLIES in transport.traits)
+                for companion, function in zip(operation.companions, functions, strict=True):
                     await self._listen(transport, Handling(companion, function, False, handling.redelivery, own=False))
 
     async def _listen(self, transport: Transport, handling: Handling) -> None:
@@ -406,9 +402,9 @@ class Running:
     def _receiver(self, transport: Transport, handling: Handling, bound: Bound, group: str) -> Receive:
         """What the transport calls: the door, where a failure becomes a message or a verdict."""
         operation, style, name = handling.operation, handling.operation.style, self.service.name
-        if style is Style.ASYNC_REQUEST:
-            return self._worker(handling, bound)
         handle = self._handler(handling, bound)
+        if self._pending and style is Style.ASYNC_REQUEST:
+            return self._pending.worker(operation, handle, bound, handling.redelivery, self._failure)
         direct = Trait.REPLIES in transport.traits
         retried = Trait.REDELIVERS in transport.traits and style in (Style.NOTIFICATION, Style.EVENT)
         answered = style in (Style.REQUEST, Style.SURVEY)
@@ -524,20 +520,20 @@ class Running:
         )
         return RemoteError(f"{operation.full_name} failed in {self.service.name}", correlation_id=message.id)
 
-    # async requests: submitted into a durable channel, answered into the store, collected and cancelled from anywhere
-
     def _accepter(self, handling: Handling, outside: Bound, inbox: Transport) -> Receive:
         """Takes from a direct transport: what fits the contract is kept in the inbox, and then accepted."""
         operation = handling.operation
         inside = bind(inbox.binding, operation, self._format)
 
         async def keep(message: Message) -> Message | None:
-            kept = inside.request(outside.arguments(message))
-            kept.id, kept.sender, kept.key, kept.deadline = message.id, message.sender, message.key, message.deadline
+            record = outside.arguments(message)
+            kept = inside.request(record)
+            kept.id, kept.sender, kept.deadline = message.id, message.sender, message.deadline
+            kept.key = message.key or (operation.key_of(record) if operation.key_of else "")
             kept.headers = {name: value for name, value in message.headers.items() if not name.startswith(":")}
             await inbox.send(kept)
-            if operation.style is Style.ASYNC_REQUEST:
-                await self._store.accept(message.id)
+            if self._pending and operation.style is Style.ASYNC_REQUEST:
+                await self._pending.store.accept(message.id)
             return outside.accepted(message)
 
         handle = server_chain(self._guarded(operation), keep)
@@ -549,91 +545,6 @@ class Running:
                 return Done(outside.refuse(message, self._failure(error, message, operation)))
 
         return receive
-
-    def _worker(self, handling: Handling, bound: Bound) -> Receive:
-        """Works on a submission: its value, or at last its failure, is the answer."""
-        operation, handle = handling.operation, self._handler(handling, bound)
-
-        async def receive(message: Message) -> Verdict:
-            kept = await self._store.get(message.id)
-            if kept is not None and kept.state != "pending":
-                return DONE  # a repeat of what is answered, or was cancelled before it was begun
-            task = self._work[message.id] = asyncio.ensure_future(handle(message))
-            try:
-                answer = await task
-            except asyncio.CancelledError:
-                worker = asyncio.current_task()
-                if worker is not None and worker.cancelling():
-                    raise
-                return DONE  # withdrawn: the store says so
-            except Exception as error:
-                failure = self._failure(error, message, operation)
-                verdict = decide(error, message.attempt, handling.redelivery, self.clock)
-                if isinstance(verdict, Again) and not isinstance(failure, Fault):
-                    return verdict
-                answer = bound.refuse(message, failure)
-            finally:
-                self._work.pop(message.id, None)
-            assert answer is not None, "a handler's chain returns the reply"  # noqa: S101
-            await self._store.answer(message.id, answer)
-            return DONE
-
-        return receive
-
-    def _collector(self, operation: AnyOperation, direct: bool) -> Callable[..., Awaitable[Any]]:
-        """The handler of the companion `result`."""
-        inside = bind("body", operation, self._format)
-
-        async def result(id: str, wait: float) -> Any:  # noqa: A002 - the name on the wire
-            if not direct:
-                await self._store.accept(id)  # over a queue the submission may still be on its way
-            kept = await self._look(id, min(max(wait, 0.0), COLLECT_WAIT))
-            if kept is None:
-                raise UnknownPending(
-                    f"{operation.full_name}: no pending answer {id!r}: never submitted, or kept no longer"
-                )
-            if kept.state == "cancelled":
-                raise WorkCancelled(f"{operation.full_name}: {id} was cancelled")
-            if kept.reply is None:
-                raise StillPending
-            failure = inside.failure(kept.reply)
-            if failure is not None:
-                raise failure
-            return inside.result(kept.reply)
-
-        return result
-
-    async def _look(self, pending_id: str, wait: float) -> Kept | None:
-        """What is known of an answer after at most so many seconds, and at once when the service drains."""
-        looking = asyncio.ensure_future(self._store.get(pending_id, 0.0 if self._draining else wait))
-        self._looking.add(looking)
-        try:
-            return await looking
-        except asyncio.CancelledError:
-            worker = asyncio.current_task()
-            if not self._draining or (worker is not None and worker.cancelling()):
-                raise
-            return await self._store.get(pending_id)
-        finally:
-            self._looking.discard(looking)
-
-    def _withdrawer(self, operation: AnyOperation, direct: bool) -> Callable[..., Awaitable[Any]]:
-        """The handler of the companion `cancel`."""
-
-        async def cancel(id: str) -> None:  # noqa: A002 - the name on the wire
-            if direct and await self._store.get(id) is None:
-                raise UnknownPending(
-                    f"{operation.full_name}: no pending answer {id!r}: never submitted, or kept no longer"
-                )
-            if await self._store.cancel(id) and id in self._work:
-                self._work[id].cancel()
-
-        return cancel
-
-    @property
-    def _store(self) -> AnswerStore:
-        assert self._answers is not None, "opened at start-up where an async request is handled"  # noqa: S101
-        return self._answers
 
 
 class _Gate:
@@ -667,10 +578,6 @@ class _Gate:
             if not turn.done():
                 turn.set_result(None)
                 return
-
-
-class StillPending(Exception):
-    pass
 
 
 def _arguments(

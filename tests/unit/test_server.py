@@ -471,7 +471,7 @@ def test_a_service_that_drains_answers_at_once_those_who_wait_for_a_later_answer
             waiting = asyncio.create_task(pending.wait(20.0))
             running = service.running
             assert running
-            while not running._looking:
+            while not running._pending._looking:
                 await asyncio.sleep(0)
             async with asyncio.timeout(10.0):
                 await running.stop()
