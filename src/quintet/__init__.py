@@ -60,7 +60,7 @@ from quintet.model import (
     UInt32,
     UInt64,
 )
-from quintet.policy import Breaker, Bulkhead, Injection, Policy, Rate, Retry, on, stale
+from quintet.policy import Breaker, Bulkhead, Hedge, Injection, Policy, Rate, Retry, on, stale
 from quintet.server import Service, serve
 
 __all__ = [
@@ -87,6 +87,7 @@ __all__ = [
     "Fault",
     "Float32",
     "Float64",
+    "Hedge",
     "Http",
     "Injection",
     "Int8",

@@ -99,6 +99,22 @@ class Retry(Struct, frozen=True, forbid_unknown_fields=True):
             _demand_seconds(self, "attempt_timeout")
 
 
+class Hedge(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where an idempotent operation has no answer `after` so many seconds, another attempt is sent beside the first, up
+    to `times`; the first answer counts, the others are cancelled. They may be a share of `budget` of the calls, and 10
+    a second, over 10 seconds. Set `after` to what 95 % of the calls take.
+    """
+
+    after: float
+    times: int = 1
+    budget: float = 0.1
+
+    def __post_init__(self) -> None:
+        _demand_seconds(self, "after")
+        _demand(self, self.times >= 1, f"times={self.times!r}: must be 1 or more")
+        _demand(self, 0 <= self.budget <= 1, f"budget={self.budget!r}: must be a share from 0 to 1")
+
+
 class Rate(Struct, frozen=True, forbid_unknown_fields=True):
     """At most `calls` in any `seconds`, evenly filled up again; what is over is refused at once."""
 
@@ -149,6 +165,7 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     timeout: float | None = None
     retry: Retry | bool | None = None
+    hedge: Hedge | bool | None = None
     rate: Rate | bool | None = None
     breaker: Breaker | bool | None = None
     bulkhead: Bulkhead | bool | None = None
@@ -188,6 +205,7 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 _PARTS: dict[str, type[Struct]] = {
     "retry": Retry,
+    "hedge": Hedge,
     "rate": Rate,
     "breaker": Breaker,
     "bulkhead": Bulkhead,
@@ -227,6 +245,7 @@ def on(
     *,
     timeout: float | None = None,
     retry: Retry | Off | None = None,
+    hedge: Hedge | Off | None = None,
     rate: Rate | Off | None = None,
     breaker: Breaker | Off | None = None,
     bulkhead: Bulkhead | Off | None = None,
@@ -245,9 +264,12 @@ def on(
     for one in fallback:
         if inspect.isfunction(one) and not inspect.iscoroutinefunction(one):
             raise ConfigurationError(f"on({operation!r}, fallback=...): {one.__qualname__} must be `async def`")
+    if hedge and not operation.idempotent:
+        raise ConfigurationError(f"on({operation!r}, hedge=...): it may be done twice, and is not declared idempotent")
     policy = Policy(
         timeout=timeout,
         retry=retry,
+        hedge=hedge,
         rate=_own(rate),
         breaker=_own(breaker),
         bulkhead=_own(bulkhead),

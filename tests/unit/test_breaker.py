@@ -87,9 +87,9 @@ def test_a_success_that_completes_the_minimum_can_open_the_circuit() -> None:
 
 def test_an_error_rate_is_compared_exactly() -> None:
     async def main() -> None:
-        service = callee(min_calls=30, error_rate=0.1)  # 0.1 * 30 is more than 3 among floats
-        await service.succeed(27)
-        await service.fail(2)
+        service = callee(min_calls=100, error_rate=0.07)  # 0.07 * 100 is more than 7 among floats
+        await service.succeed(93)
+        await service.fail(6)
         assert service.circuit.state == "closed"
         await service.fail(1)
         assert service.circuit.state == "open"
@@ -524,6 +524,7 @@ def test_a_caller_that_had_less_time_than_our_own_timeout_is_not_the_fault_of_th
         assert not any(call.done() for call in calls)
         await service.clock.advance(0.02)
         assert all(isinstance(call.result(), DeadlineExceeded) for call in calls)
+        assert service.circuit.state == "closed"
         assert service.circuit.counts == [0, 0, 0]
 
     run(main)

@@ -249,7 +249,7 @@ def test_the_place_of_another_thread_goes_to_who_waits_in_this_one() -> None:
     thread = threading.Thread(target=lambda: asyncio.run(holds()))
     thread.start()
     assert taken.wait(10)
-    asyncio.run(asyncio.wait_for(queues(), 10))
+    asyncio.run(asyncio.wait_for(queues(), 10), debug=True)  # which refuses what only the loop's own thread may do
     thread.join()
     outstanding.leave()
     assert outstanding.busy == 0

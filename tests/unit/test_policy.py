@@ -16,6 +16,7 @@ from quintet import (
     ConfigurationError,
     Contract,
     DeadlineExceeded,
+    Hedge,
     Injection,
     LimitReached,
     Overloaded,
@@ -63,6 +64,8 @@ class Others(Contract, name="others"):
         (lambda: Retry(2, budget=1.5), "budget=1.5: must be a share from 0 to 1"),
         (lambda: Retry(2, first=3, longest=1), "first=3: must be from 0 to longest"),
         (lambda: Retry(2, attempt_timeout=0), "attempt_timeout=0: seconds must be more than 0"),
+        (lambda: Hedge(0), "after=0: seconds must be more than 0"),
+        (lambda: Hedge(0.1, times=0), "times=0: must be 1 or more"),
         (lambda: Rate(0), "calls=0: must be 1 or more"),
         (lambda: Rate(10, seconds=0), "seconds=0: seconds must be more than 0"),
         (lambda: Injection(rate=2), "rate=2: a share"),
@@ -118,7 +121,7 @@ def test_a_policy_for_an_operation_of_another_contract_is_refused() -> None:
 def test_the_filters_stand_in_the_documented_order() -> None:
     from quintet.filter import _innermost_first
 
-    order = ["deadline", "retry", "rate", "breaker", "bulkhead", "balancer", "timeout", "injection"]
+    order = ["deadline", "retry", "hedge", "rate", "breaker", "bulkhead", "balancer", "timeout", "injection"]
     found = [module.__name__.rpartition(".")[2] for module in reversed(_innermost_first())]
     assert [name for name in found if name in order] == order
 
@@ -363,6 +366,21 @@ def test_one_bad_replica_is_passed_over_and_does_not_open_the_circuit() -> None:
         for _ in range(200):
             assert await fleet.call() is None
         assert fleet.asked[1] > before + 30
+
+    run(main)
+
+
+def test_an_instance_that_answers_now_and_then_is_not_ejected() -> None:
+    async def main() -> None:
+        fleet = Fleet(2, Policy(breaker=False))
+        for _ in range(10):
+            fleet.broken = {0, 1}
+            while max(instance.failures for instance in fleet.balancer.instances) < 4:
+                await fleet.call()
+            fleet.broken = set()
+            while any(instance.failures for instance in fleet.balancer.instances):
+                await fleet.call()
+        assert not any(instance.ejections for instance in fleet.balancer.instances)
 
     run(main)
 

@@ -23,8 +23,8 @@ from quintet import (
     Retry,
     Unavailable,
 )
+from quintet.budget import Budget
 from quintet.filter import Guarded, client_chain
-from quintet.filters.retry import Budget
 from quintet.message import Message
 from quintet.policy import DEFAULT
 from quintet.testing import FakeClock

@@ -11,7 +11,7 @@ from quintet.outcome import ANSWERED, FAILURE, SUCCESS, TIMEOUT, outcome_of
 
 PLACE = 60  # above the time-out: an instance that hangs must count as one that failed
 
-FAILURES = 5  # in a row, then an instance is ejected; one that comes back and fails is ejected at once
+FAILURES = 5  # in a row, then an instance is ejected; one that comes back and fails once more is ejected again
 EJECTED_FOR = 5.0  # seconds, twice as long each time it happens again
 LONGEST = 300.0
 
@@ -22,7 +22,7 @@ class Instance:
     def __init__(self) -> None:
         self.outstanding = 0
         self.failures = 0  # in a row
-        self.ejections = 0  # since it last answered
+        self.ejections = 0  # in a row
         self.back_at = 0.0
 
     def __repr__(self) -> str:
@@ -56,11 +56,7 @@ class Balancer:
             instance.failures += 1
             now = self._clock.now()
             out = sum(other.back_at > now for other in self.instances)
-            if (
-                instance.back_at <= now
-                and (instance.failures >= FAILURES or instance.ejections)
-                and 2 * (out + 1) <= len(self.instances)
-            ):
+            if instance.back_at <= now and instance.failures >= FAILURES and 2 * (out + 1) <= len(self.instances):
                 instance.back_at = now + min(LONGEST, EJECTED_FOR * 2.0 ** min(instance.ejections, 64))
                 instance.ejections += 1
 

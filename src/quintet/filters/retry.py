@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
+from quintet.budget import Budget
 from quintet.contract import Fault
 from quintet.errors import CallError, CircuitOpen, LimitReached, Safety
 from quintet.filter import Guarded
 from quintet.message import Handler, Message
 from quintet.policy import Retry
-from quintet.window import Window
 
 PLACE = 30  # above the breaker: each attempt is admitted and counted by itself
-
-SECONDS = 10.0  # that the budget looks back
-RESERVE = 10.0  # retries a second that are allowed however few the calls are
-
-_CALLS, _RETRIES = range(2)
-
-
-class Budget:
-    """What all retries to one service share, so that they cannot multiply the load on one that is failing (Finagle)."""
-
-    def __init__(self) -> None:
-        self._window = Window(SECONDS, 2)
-
-    def __repr__(self) -> str:
-        calls, retries = self._window.counts
-        return f"<retry budget, {retries} retries for {calls} calls in {SECONDS:g} s>"
-
-    def call(self, now: float) -> None:
-        self._window.add(_CALLS, now)
-
-    def spend(self, share: float, now: float) -> bool:
-        """Takes one retry out of the budget, where there is one left."""
-        calls, retries = self._window.at(now)
-        if retries + 1 > share * calls + RESERVE * SECONDS:
-            return False
-        self._window.add(_RETRIES, now)
-        return True
 
 
 def client(guarded: Guarded, handler: Handler) -> Handler:
@@ -73,7 +46,6 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
                 if (until is not None and now + wait >= until) or not budget.spend(settings.budget, now):
                     raise  # the last real error, at once
             await clock.sleep(wait)
-            message.until, message.deadline = until, deadline
         raise AssertionError("the last attempt returns or raises")
 
     return retry
