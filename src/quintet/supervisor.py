@@ -20,7 +20,7 @@ from quintet.errors import ConfigurationError, TransportError
 
 FIRST_DELAY, LONGEST_DELAY = 0.2, 10.0  # seconds until a crashed process is started again; doubled each time
 STEADY_AFTER = 30.0  # seconds of being ready after which a crash counts as the first one again
-GRACE = 20.0  # seconds that a process has to drain before it is killed
+GRACE = 35.0  # seconds that a process has to drain before it is killed: a little more than a service's own grace
 CONFIGURATION_EXIT = 2  # what `quintet serve` ends with when starting it again would change nothing
 
 

@@ -29,6 +29,7 @@ Examples:
   quintet call rides.contracts:Dispatch.offers --to sqlite:///rides.db --within 2 --enough 3 '{"trip_id": "t-1"}'
 """
 
+PATIENCE = 10.0  # seconds: a person waits longer than a program, which has 1 s by default
 AnyOperation = Operation[Any, Any, Any]
 
 
@@ -57,7 +58,11 @@ def call(
         list[str], typer.Option("--to", metavar="ADDRESS", help="Where its service is; may be repeated.")
     ] = [],  # noqa: B006 - typer copies it
     timeout: Annotated[
-        float | None, typer.Option("--timeout", help="Seconds to wait for the reply, answer or acceptance.")
+        float | None,
+        typer.Option(
+            "--timeout",
+            help="Seconds to wait for the reply or acceptance, 10 if not given; for an answer, as long as it takes.",
+        ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Async request: wait for the answer, or not.")] = True,
     pending: Annotated[
@@ -173,7 +178,7 @@ _SAY = {
 
 
 def _client(operation: AnyOperation, asked: Asked) -> connect[Any]:
-    policy = Policy(timeout=asked.timeout)
+    policy = Policy(timeout=PATIENCE if asked.timeout is None else asked.timeout)
     return connect(
         only(operation.contract, [operation.name]),
         asked.to,
