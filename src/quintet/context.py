@@ -19,6 +19,7 @@ class Current(Struct):
     _message: Message
     _clock: Clock
     deadline: float | None
+    _replies: dict[object, Message] | None = None  # to calls made while it is worked on, where a policy has them kept
 
     def __repr__(self) -> str:
         return f"<current {self._message!r}>"
@@ -69,12 +70,22 @@ def current() -> Current:
     return found
 
 
+def replies() -> dict[object, Message] | None:
+    """What filters remember for as long as the running handler works on its message. None outside of a handler."""
+    found = CURRENT.get()
+    if found._message is NO_MESSAGE:
+        return None
+    if found._replies is None:
+        found._replies = {}
+    return found._replies
+
+
 @contextmanager
 def deadline(seconds: float, *, clock: Clock = SYSTEM) -> Generator[None]:
     """Caps everything below it: no call made inside waits longer than what is left of so many seconds."""
     outer, mine = CURRENT.get(), clock.now() + seconds
     inherited = outer.deadline
-    inner = Current(outer._message, clock, mine if inherited is None else min(mine, inherited))
+    inner = Current(outer._message, clock, mine if inherited is None else min(mine, inherited), outer._replies)
     token = CURRENT.set(inner)
     try:
         yield

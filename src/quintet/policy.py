@@ -158,11 +158,14 @@ class Policy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How calls are guarded. What is None is not set here, and comes from the next wider policy, at last from DEFAULT;
     False switches a part off.
 
-    `timeout`: seconds that a caller waits, at most; nested calls inherit what remains. The parts are explained in
+    `cache`: while a handler works on one message, what it asks an idempotent operation a second time with the same
+    arguments is answered from the first reply. `timeout`: seconds that a caller waits, at most; nested calls inherit
+    what remains. The other parts are explained in
     their classes. A service has a policy too: its `bulkhead` limits the requests in work and its `rate` what it takes
     in; what is over is refused at once, and says that it may be sent elsewhere.
     """
 
+    cache: bool | None = None
     timeout: float | None = None
     retry: Retry | bool | None = None
     hedge: Hedge | bool | None = None
@@ -243,6 +246,7 @@ class On(Struct, frozen=True):
 def on(
     operation: Operation[P, R, Any],
     *,
+    cache: bool | None = None,
     timeout: float | None = None,
     retry: Retry | Off | None = None,
     hedge: Hedge | Off | None = None,
@@ -266,7 +270,10 @@ def on(
             raise ConfigurationError(f"on({operation!r}, fallback=...): {one.__qualname__} must be `async def`")
     if hedge and not operation.idempotent:
         raise ConfigurationError(f"on({operation!r}, hedge=...): it may be done twice, and is not declared idempotent")
+    if cache and not operation.idempotent:
+        raise ConfigurationError(f"on({operation!r}, cache=True): it may do something, and is not declared idempotent")
     policy = Policy(
+        cache=cache,
         timeout=timeout,
         retry=retry,
         hedge=hedge,

@@ -121,7 +121,7 @@ def test_a_policy_for_an_operation_of_another_contract_is_refused() -> None:
 def test_the_filters_stand_in_the_documented_order() -> None:
     from quintet.filter import _innermost_first
 
-    order = ["deadline", "retry", "hedge", "rate", "breaker", "bulkhead", "balancer", "timeout", "injection"]
+    order = ["cache", "deadline", "retry", "hedge", "rate", "breaker", "bulkhead", "balancer", "timeout", "injection"]
     found = [module.__name__.rpartition(".")[2] for module in reversed(_innermost_first())]
     assert [name for name in found if name in order] == order
 

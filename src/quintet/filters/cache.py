@@ -1,0 +1,30 @@
+"""The request cache: within the work on one message, the same question is asked once."""
+
+from __future__ import annotations
+
+from quintet.context import replies
+from quintet.fallback import what_was_asked
+from quintet.filter import Guarded
+from quintet.message import Handler, Message
+
+PLACE = 10  # outermost: a reply that is there already costs nothing and counts nowhere
+
+
+def client(guarded: Guarded, handler: Handler) -> Handler:
+    if not guarded.policy.cache or not guarded.operation.idempotent:
+        return handler
+    of_this_client = object()
+
+    async def cache(message: Message) -> Message | None:
+        kept = replies()
+        if kept is None:
+            return await handler(message)
+        asked = of_this_client, what_was_asked(message)
+        if asked in kept:
+            return kept[asked]
+        reply = await handler(message)
+        if reply is not None:
+            kept[asked] = reply
+        return reply
+
+    return cache
