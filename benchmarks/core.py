@@ -20,6 +20,7 @@ from quintet.replies import Replies
 from quintet.transport import DONE, Verdict, open_address
 
 AT = "memory://bench"
+DEADLINE_ONLY = Policy(bulkhead=False, breaker=False)
 
 
 class Sample(Struct):
@@ -72,7 +73,7 @@ async def notifications(count: int) -> float:
         return count / (time.perf_counter() - start)
 
 
-async def request_cost(count: int, outstanding: int) -> float:
+async def request_cost(count: int, outstanding: int, policy: Policy) -> float:
     """Microseconds of one request/response, client and service and memory transport together."""
     sample = Sample("1", "Ada")
 
@@ -80,7 +81,7 @@ async def request_cost(count: int, outstanding: int) -> float:
         for _ in range(count // outstanding):
             await bench.get(sample)
 
-    async with serve(service([0, 0], asyncio.Event()), at=AT), connect(Bench, AT) as bench:
+    async with serve(service([0, 0], asyncio.Event()), at=AT), connect(Bench, AT, policy=policy) as bench:
         await caller(bench)
         start = time.perf_counter()
         await asyncio.gather(*(caller(bench) for _ in range(outstanding)))
@@ -137,14 +138,16 @@ def best(measure: Any, *args: Any, most: bool) -> float:
 def figures() -> list[Figure]:
     command = [sys.executable, "-c", "from benchmarks import core; core.main_outstanding()"]
     peak = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
-    one, many = (best(request_cost, 20_480, outstanding, most=False) for outstanding in (1, 64))
+    one, many = (best(request_cost, 20_480, outstanding, DEADLINE_ONLY, most=False) for outstanding in (1, 64))
     bare_one, bare_many = (best(bare_cost, 20_480, outstanding, most=False) for outstanding in (1, 64))
+    guarded = best(request_cost, 20_480, 64, Policy(), most=False)
     return [
         at_least("notifications over memory", best(notifications, 50_000, most=True), "1/s", 100_000),
         at_most("the core's own cost of a request/response, 1 outstanding", one - bare_one, "us", 15),
         at_most("the core's own cost of a request/response, 64 outstanding", many - bare_many, "us", 15),
         Figure("with the memory transport, 1 outstanding", one, "us"),
         Figure("with the memory transport, 64 outstanding", many, "us"),
+        Figure("with the memory transport and the default policies, 64 outstanding", guarded, "us"),
         Figure("the memory transport and correlation alone, 1 outstanding", bare_one, "us"),
         Figure("the memory transport and correlation alone, 64 outstanding", bare_many, "us"),
         at_most("a service with 10,000 requests outstanding", float(peak), "MB", 150),

@@ -21,11 +21,13 @@ class Replies:
         self._channel = Channel(f"replies.{owner}.{new_id()}", temporary=True)
         self._waiting: dict[str, Callable[[Message], None]] = {}
         self._serving: Serving | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # to ask for the running one on each call costs more
 
     def __repr__(self) -> str:
         return f"<replies {self._channel.name}, {len(self._waiting)} waiting>"
 
     async def open(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._serving = await self._transport.serve(self._channel, self._receive, "", limit=1000)
 
     async def close(self) -> None:
@@ -40,7 +42,8 @@ class Replies:
 
     async def exchange(self, message: Message) -> Message:
         """Sends and waits for the one reply. How long is not decided here: the time-out filter cancels."""
-        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        assert self._loop, "opened before the first exchange"  # noqa: S101
+        future: asyncio.Future[Message] = self._loop.create_future()
         correlation = self.expect(message, lambda reply: None if future.done() else future.set_result(reply))
         try:
             await self._transport.send(message)
