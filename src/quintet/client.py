@@ -142,7 +142,10 @@ def _raising(exchange: Handler, bound: Bound) -> Handler:
         if reply is not None:
             failure = bound.failure(reply)  # an exception again, inside the filters: retry and breaker must see it
             if failure is not None:
-                raise failure
+                try:
+                    raise failure
+                finally:
+                    del failure  # its traceback holds this frame: a cycle for the garbage collector at each fault
         return reply
 
     return exchange_or_raise
