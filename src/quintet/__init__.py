@@ -1,7 +1,7 @@
 """Quintet: one contract, five interaction styles, any transport."""
 
 from quintet.call import Answer, Call, Pending, PendingCall, Reply
-from quintet.client import connect
+from quintet.client import connect, set_policy
 from quintet.context import Current, current, deadline
 from quintet.contract import (
     Contract,
@@ -133,6 +133,7 @@ __all__ = [
     "on",
     "request",
     "serve",
+    "set_policy",
     "stale",
     "survey",
 ]

@@ -20,7 +20,7 @@ from quintet.errors import CallError, CannotCarry, ConnectionLost, DeadlineExcee
 from quintet.fallback import Fallbacks, what_was_asked
 from quintet.filter import Guarded, State, client_chain
 from quintet.message import Handler, Message, new_id
-from quintet.policy import Policies, resolve
+from quintet.policy import On, Policies, Policy, resolve
 from quintet.replies import Replies
 from quintet.transport import Trait, Transport, open_address, parse_address
 
@@ -105,9 +105,14 @@ class Sender:
         self._key_of = operation.key_of
         self._sender = sender
         self.clock = guarded.clock
-        self.patience = guarded.policy.timeout or 1.0  # beside the wait that a pending answer's request asks for
+        self._guarded = guarded
+        self._exchanges = [_raising(exchange, bound) for exchange in exchanges]
+        self.guard(guarded.policy)
 
-        self.send = client_chain(guarded, [_raising(exchange, bound) for exchange in exchanges])
+    def guard(self, policy: Policy) -> None:
+        """Puts a policy in force from the next message on. What filters remember stays."""
+        self.patience = policy.timeout or 1.0  # beside the wait that a pending answer's request asks for
+        self.send = client_chain(structs.replace(self._guarded, policy=policy), self._exchanges)
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options = DEFAULTS) -> Message:
         """The call as a message. Raises TypeError for arguments that are not the operation's."""
@@ -160,14 +165,21 @@ class Line:
         lines: Mapping[str, Line],
         companions: tuple[Sender, Sender] | None,
         guarded: Guarded,
-        fallback: Sequence[Any],
     ) -> None:
         self.name = sender.operation.full_name
         self.sender = sender
         self._lines = lines
         self._companions = companions
         self._waits = sender.operation.style is Style.REQUEST
-        self._fallbacks = Fallbacks(guarded, fallback, self._read) if fallback else None
+        self._guarded = guarded
+        self._fallbacks: Fallbacks | None = None
+
+    def guard(self, on: On) -> None:
+        """Puts a policy and its fallbacks in force from the next call on."""
+        for sender in (self.sender, *(self._companions or ())):
+            sender.guard(on.policy)
+        guarded = structs.replace(self._guarded, policy=on.policy)
+        self._fallbacks = Fallbacks(guarded, on.fallback, self._read) if on.fallback else None
 
     async def value(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
         message = self.sender.prepare(args, kwargs, options)
@@ -200,7 +212,10 @@ class Line:
         except Fault:
             raise  # an answer
         except Exception as error:
-            return await fallbacks.answer(error, asked, args, kwargs)
+            answer = await fallbacks.answer(error, asked, args, kwargs)
+            if answer is None:
+                raise
+            return answer
         fallbacks.keep(asked, reply)
         return read
 
@@ -288,9 +303,20 @@ async def plug(
             )
             companions = (await sender(collect, instances), await sender(withdraw, instances))
             call = PendingCall
-        fallback = policy[attribute].fallback
-        lines[attribute] = Line(await sender(guarded, instances), lines, companions, guarded, fallback)
+        lines[attribute] = Line(await sender(guarded, instances), lines, companions, guarded)
+        lines[attribute].guard(policy[attribute])
         client.__dict__[attribute] = call(lines[attribute])
+
+
+def set_policy(client: Contract, policy: Policies) -> None:
+    """Changes the policy of a connected client while it is in use.
+
+    Calls under way end as they began; breakers, limits, budgets and kept replies go on from where they are. Raises
+    ConfigurationError where the policy is wrong: then the old one stays in force.
+    """
+    found = resolve(type(client), policy)
+    for attribute, call in client.__dict__.items():
+        call._line.guard(found[attribute])
 
 
 class connect(Generic[C]):  # noqa: N801 - reads as a verb: async with connect(Trips, address) as trips

@@ -21,6 +21,10 @@ _Function: TypeAlias = Callable[..., Awaitable[Any]]
 _TRACE = frozenset({"traceparent", "tracestate", "baggage"})
 
 
+class _Kept(OrderedDict[Any, tuple[float, Message]]):
+    """Good replies and when they came, by what was asked; the one unused longest first."""
+
+
 class Fallbacks:
     """The fallbacks of one operation, and the good replies that `stale` may need again.
 
@@ -31,7 +35,7 @@ class Fallbacks:
         self._name = guarded.operation.full_name
         self._now = guarded.clock.now
         self._read = read
-        self._kept: OrderedDict[Any, tuple[float, Message]] = OrderedDict()
+        self._kept = guarded.own.of(_Kept, _Kept)
         self._keeps = any(isinstance(one, Stale) for one in chain)
         # a fallback gets what remains of the caller's time, but no more than the call had
         guard = Policy(timeout=guarded.policy.timeout, bulkhead=Bulkhead(CONCURRENT), breaker=False)
@@ -49,8 +53,10 @@ class Fallbacks:
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
 
-    async def answer(self, error: Exception, asked: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reply[Any]:
-        """The first answer that the chain has. Raises the call's own error, the fallbacks' failures as its notes."""
+    async def answer(
+        self, error: Exception, asked: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Reply[Any] | None:
+        """The first answer that the chain has; where it has none, the failures of its functions are the error's notes."""
         for one in self._chain:
             if isinstance(one, Stale):
                 when, reply = self._kept.get(asked, (0.0, None))
@@ -64,7 +70,7 @@ class Fallbacks:
                     log.warning("%s: a fallback failed", self._name, exc_info=failed)
             else:
                 return Reply(one, {})
-        raise error
+        return None
 
 
 def what_was_asked(message: Message) -> Any:

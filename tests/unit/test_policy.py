@@ -22,11 +22,16 @@ from quintet import (
     Overloaded,
     Policy,
     Rate,
+    RemoteError,
     Retry,
+    Service,
     Unavailable,
     connect,
     on,
     request,
+    serve,
+    set_policy,
+    stale,
 )
 from quintet.filter import Guarded, client_chain
 from quintet.filters import balancer
@@ -138,6 +143,41 @@ def test_a_policy_changes_while_calls_are_under_way_and_keeps_its_state() -> Non
         service.hanging[0].set_result(Unavailable("nobody there"))
         await holding
         assert isinstance(await service.call(send=send), CircuitOpen)  # the twentieth failure
+
+    run(main)
+
+
+def test_the_policy_of_a_connected_client_changes_and_nothing_is_forgotten() -> None:
+    async def main() -> None:
+        clock, service, failing = FakeClock(), Service(Others), False
+
+        @service.handles(Others.get)
+        async def get() -> str:
+            if failing:
+                raise RuntimeError("the database is gone")
+            return "here"
+
+        fallback = [on(Others.get, fallback=[stale(max_age=60)])]
+        async with (
+            serve(service, at="memory://", clock=clock),
+            connect(Others, "memory://", clock=clock, policy=fallback) as others,
+        ):
+            assert await others.get() == "here"
+            failing = True
+            for _ in range(19):
+                assert await others.get() == "here"
+            with pytest.raises(ConfigurationError, match="does not belong to Others"):
+                set_policy(others, [Policy(timeout=5), on(Passengers.get, timeout=1)])
+            assert await others.get() == "here"  # the old one is in force
+            set_policy(others, Policy(timeout=5))
+            with pytest.raises(CircuitOpen):
+                await others.get()
+            set_policy(others, [*fallback, Policy(breaker=Breaker(force_closed=True))])
+            reply = await others.get.reply()
+            assert (reply.value, reply.stale) == ("here", True)
+            set_policy(others, Policy(breaker=False))
+            with pytest.raises(RemoteError):
+                await others.get()
 
     run(main)
 
@@ -421,8 +461,6 @@ def test_a_single_instance_needs_no_balancer() -> None:
 
 def test_a_client_with_two_addresses_of_one_service_uses_both() -> None:
     async def main() -> None:
-        from quintet import Service, serve
-
         asked: list[str] = []
 
         def instance(name: str) -> Service:
@@ -447,8 +485,6 @@ def test_a_client_with_two_addresses_of_one_service_uses_both() -> None:
 
 def test_a_service_refuses_what_is_above_its_rate() -> None:
     async def main() -> None:
-        from quintet import Service, serve
-
         service = Service(Others, policy=Policy(rate=Rate(2, seconds=60)))
 
         @service.handles(Others.get)
