@@ -56,7 +56,7 @@ class Fallbacks:
     async def answer(
         self, error: Exception, asked: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Reply[Any] | None:
-        """The first answer that the chain has; where it has none, the failures of its functions are the error's notes."""
+        """The first answer that the chain has. What its functions raise is noted on the call's own error."""
         for one in self._chain:
             if isinstance(one, Stale):
                 when, reply = self._kept.get(asked, (0.0, None))
