@@ -296,7 +296,8 @@ async def plug(
         instances = await carriers.instances(operation, addresses)
         companions = None
         call: type[Call[Any, Any]] = Call
-        guarded = Guarded(operation, policy[attribute].policy, carriers.clock, service)
+        where = " or ".join(str(transport.address) for transport in instances)
+        guarded = Guarded(operation, policy[attribute].policy, carriers.clock, service, where=where)
         if operation.style is Style.ASYNC_REQUEST:
             collect, withdraw = (
                 structs.replace(guarded, operation=other, own=State()) for other in operation.companions

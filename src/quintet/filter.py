@@ -45,7 +45,7 @@ class Guarded(Struct, frozen=True):
     """What a filter is built for: one operation, on the side of its caller or of its service.
 
     `shared` is the state of the whole remote service as one client sees it (of the own service, on its side),
-    `own` that of this operation alone.
+    `own` that of this operation alone. `where`: the addresses it is reached at, for who reads an error.
     """
 
     operation: Operation[Any, Any, Any]
@@ -53,6 +53,7 @@ class Guarded(Struct, frozen=True):
     clock: Clock
     shared: State = field(default_factory=State)
     own: State = field(default_factory=State)
+    where: str = ""
 
     def state(self, per: str) -> State:
         return self.shared if per == "service" else self.own

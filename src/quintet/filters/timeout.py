@@ -28,6 +28,7 @@ class _Timer(Struct, eq=False):
 
 def client(guarded: Guarded, handler: Handler) -> Handler:
     name, clock, now = guarded.operation.full_name, guarded.clock, guarded.clock.now
+    where = f" at {guarded.where}" if guarded.where else ""
     get_running_loop, current_task = asyncio.get_running_loop, asyncio.current_task
 
     latest: tuple[asyncio.AbstractEventLoop | None, Wheel] = (None, Wheel(clock))
@@ -51,11 +52,11 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
             timers.discard(timer)
             if not timer.fired or (task.uncancel() > timer.cancelling and isinstance(error, asyncio.CancelledError)):
                 raise  # a cancellation by the caller in the same tick wins: its request to cancel is left over
-            raise DeadlineExceeded(f"{name} did not answer within {until - timer.start:.3g} s") from None
+            raise DeadlineExceeded(f"{name} did not answer within {until - timer.start:.3g} s{where}") from None
         timers.discard(timer)
         if timer.fired:  # the work ignored its cancellation: what it brought is too late
             task.uncancel()
-            raise DeadlineExceeded(f"{name} did not answer within {until - timer.start:.3g} s")
+            raise DeadlineExceeded(f"{name} did not answer within {until - timer.start:.3g} s{where}")
         return reply
 
     return timeout
