@@ -669,6 +669,12 @@ def test_retry_after_is_whole_seconds_or_unknown(after: str, seconds: float | No
     assert failure.retry_after == seconds
 
 
+def test_a_foreign_503_may_have_been_sent_in_the_middle_of_the_work() -> None:
+    failure = bound("get").failure(Message(channel=bound("get").channel, headers={":status": "503"}))
+    assert isinstance(failure, Overloaded)
+    assert failure.safety is Safety.UNKNOWN
+
+
 def test_a_fault_that_the_contract_does_not_declare_is_a_remote_error() -> None:
     reply = bound("get").refuse(Message(channel=bound("get").channel), NoSuchTrip(trip_id="t"))
     failure = bound("create").failure(reply)

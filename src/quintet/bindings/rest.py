@@ -32,6 +32,7 @@ from quintet.errors import (
     InvalidMessage,
     NotAcceptable,
     QuintetError,
+    Safety,
     UnsupportedMediaType,
     from_problem,
     to_problem,
@@ -430,6 +431,7 @@ class Rest:
         after = reply.headers.get("retry-after", "")
         return (BY_CODE.get(code) or BY_CODE[FOREIGN.get(status, "remote")])(
             ": ".join(filter(None, (said, head.title, head.detail))),
+            safety=Safety.UNKNOWN if status == 503 else None,  # a foreign server may say so in the middle of its work
             correlation_id=reply.correlation_id,
             retry_after=float(after) if after.isascii() and after.isdecimal() else None,
         )
