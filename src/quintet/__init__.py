@@ -2,6 +2,7 @@
 
 from quintet.call import Answer, Call, Pending, PendingCall, Reply
 from quintet.client import connect, set_policy
+from quintet.collapsing import collapse
 from quintet.context import Current, current, deadline
 from quintet.contract import (
     Contract,
@@ -125,6 +126,7 @@ __all__ = [
     "UnknownPending",
     "UnsupportedMediaType",
     "async_request",
+    "collapse",
     "connect",
     "current",
     "deadline",
