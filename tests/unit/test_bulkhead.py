@@ -12,6 +12,7 @@ from callee import Callee, Passengers, run
 from quintet import (
     Bulkhead,
     Contract,
+    DeadlineExceeded,
     LimitReached,
     Overloaded,
     Policy,
@@ -283,36 +284,66 @@ def test_one_way_sends_are_not_counted_as_outstanding() -> None:
     assert bulkhead.client(service.guarded, service.exchange) == service.exchange
 
 
+async def full(service: Service) -> None:
+    """Waits until as many requests are in work as may be."""
+    assert service.running is not None
+    found = service.running._state.of(Outstanding, lambda: Outstanding(FakeClock()))
+    while found.busy < found.limit:
+        await asyncio.sleep(0)
+
+
+def desk_service(begun: list[str], free: asyncio.Event, limit: int) -> Service:
+    service = Service(Desk, concurrency=1, policy=Policy(bulkhead=Bulkhead(limit)))
+
+    @service.handles(Desk.ask)
+    async def ask(question: str) -> str:
+        begun.append(question)
+        await free.wait()
+        return "yes"
+
+    @service.handles(Desk.tell)
+    async def tell(news: str) -> None: ...
+
+    return service
+
+
 def test_a_service_with_too_many_requests_in_work_refuses_at_once_and_says_that_nothing_was_begun() -> None:
     async def main() -> None:
-        service = Service(Desk, concurrency=1, policy=Policy(bulkhead=Bulkhead(3)))
         begun, free = list[str](), asyncio.Event()
-
-        @service.handles(Desk.ask)
-        async def ask(question: str) -> str:
-            begun.append(question)
-            await free.wait()
-            return "yes"
-
-        @service.handles(Desk.tell)
-        async def tell(news: str) -> None: ...
-
+        service = desk_service(begun, free, 3)
         async with serve(service, at="http://127.0.0.1:0") as (address,), connect(Desk, address) as desk:
             calls = [asyncio.ensure_future(desk.ask.using(timeout=20)(str(number))) for number in range(3)]
-            while not begun:
-                await asyncio.sleep(0)
-            error = None
-            while error is None:  # the three are still on their way for a moment
-                try:
-                    async with asyncio.timeout(0.2):
-                        await desk.ask("one too many")
-                except TimeoutError:
-                    continue
-                except Overloaded as refused:
-                    error = refused
-            assert error.safety is Safety.NOT_SENT
-            assert str(error) == "desk.ask: 3 requests are in work, more are refused"
+            await full(service)
+            with pytest.raises(Overloaded, match=r"desk.ask: 3 requests are in work, more are refused") as refused:
+                await desk.ask("one too many")
+            assert refused.value.safety is Safety.NOT_SENT
             free.set()
             assert await asyncio.gather(*calls) == ["yes"] * 3
+
+    run(main)
+
+
+def test_a_request_whose_deadline_passes_while_it_waits_its_turn_is_not_begun() -> None:
+    """Behaviour 27."""
+
+    async def main() -> None:
+        begun, free, clock = list[str](), asyncio.Event(), FakeClock()
+        service = desk_service(begun, free, 2)
+        async with (
+            serve(service, at="http://127.0.0.1:0", clock=clock) as (address,),
+            connect(Desk, address, policy=Policy(breaker=False)) as desk,
+        ):
+            first = asyncio.ensure_future(desk.ask.using(timeout=20)("first"))
+            while not begun:
+                await asyncio.sleep(0)
+            second = asyncio.ensure_future(desk.ask.using(timeout=20)("second"))
+            await full(service)
+            await clock.advance(30)  # on the service's clock alone: the callers are still there
+            free.set()
+            assert await first == "yes"
+            with pytest.raises(DeadlineExceeded) as late:
+                await second
+            assert late.value.safety is Safety.NOT_SENT
+            assert begun == ["first"]
 
     run(main)

@@ -19,6 +19,7 @@ from quintet import (
     request,
     serve,
 )
+from quintet.context import CURRENT
 from quintet.testing import FakeClock
 
 
@@ -26,6 +27,7 @@ class Batch:
     def __init__(self, most: int = 100) -> None:
         self.clock = FakeClock()
         self.sent: list[list[str]] = []
+        self.deadlines: list[float | None] = []
         self.free = asyncio.Event()
         self.free.set()
         self.cancelled = 0
@@ -34,6 +36,7 @@ class Batch:
 
     async def get_many(self, names: list[str]) -> list[str]:
         self.sent.append(names)
+        self.deadlines.append(CURRENT.get().deadline)
         try:
             await self.free.wait()
         except asyncio.CancelledError:
@@ -67,10 +70,12 @@ def test_a_full_batch_goes_out_at_once() -> None:
     async def main() -> None:
         batch = Batch(most=2)
         calls = batch.start("ada", "bob", "cid")
+        batch.free.clear()
         await batch.clock.settle()
         assert batch.sent == [["ada", "bob"]]
         await batch.clock.advance(0.006)
         assert batch.sent == [["ada", "bob"], ["cid"]]
+        batch.free.set()
         assert [await call for call in calls] == ["ADA", "BOB", "CID"]
 
     run(main)
@@ -122,6 +127,7 @@ def test_each_caller_has_its_own_deadline_and_the_batch_the_longest() -> None:
         await batch.clock.advance(0.11)
         assert isinstance(short.exception(), DeadlineExceeded)
         assert batch.cancelled == 0
+        assert batch.deadlines == [pytest.approx(1000.5)]
         batch.free.set()
         await batch.clock.settle()
         assert await long == "ADA"

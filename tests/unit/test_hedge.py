@@ -47,6 +47,7 @@ def test_a_quick_answer_needs_no_other_attempt() -> None:
     async def main() -> None:
         service = callee()
         assert await service.call() is None
+        assert service.clock.now() + 0.05 not in service.clock.timers
         await service.clock.advance(1)
         assert service.begun == 1
         await nothing_remains(service)

@@ -172,10 +172,10 @@ def test_the_policy_of_a_connected_client_changes_and_nothing_is_forgotten() -> 
             set_policy(others, Policy(timeout=5))
             with pytest.raises(CircuitOpen):
                 await others.get()
-            set_policy(others, [*fallback, Policy(breaker=Breaker(force_closed=True))])
+            set_policy(others, fallback)
             reply = await others.get.reply()
             assert (reply.value, reply.stale) == ("here", True)
-            set_policy(others, Policy(breaker=False))
+            set_policy(others, Policy(breaker=Breaker(force_closed=True)))
             with pytest.raises(RemoteError):
                 await others.get()
 
