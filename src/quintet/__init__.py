@@ -63,6 +63,7 @@ from quintet.model import (
 )
 from quintet.policy import Breaker, Bulkhead, Hedge, Injection, Policy, Rate, Retry, on, stale
 from quintet.server import Service, serve
+from quintet.watch import Occurrence
 
 __all__ = [
     "AddressError",
@@ -100,6 +101,7 @@ __all__ = [
     "Link",
     "NotAcceptable",
     "Number",
+    "Occurrence",
     "Operation",
     "Overloaded",
     "Pending",

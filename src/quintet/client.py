@@ -23,6 +23,7 @@ from quintet.message import Handler, Message, new_id
 from quintet.policy import On, Policies, Policy, resolve
 from quintet.replies import Replies
 from quintet.transport import Trait, Transport, open_address, parse_address
+from quintet.watch import Listener, Watch
 
 C = TypeVar("C", bound=Contract)
 
@@ -32,12 +33,18 @@ _TRACE = ("traceparent", "tracestate", "baggage")  # W3C trace context, handed o
 class Carriers:
     """The transports that one client or service talks through: one per address, with its replies where needed."""
 
-    def __init__(self, owner: str, clock: Clock) -> None:
+    def __init__(self, owner: str, clock: Clock, listener: Listener | None = None) -> None:
         self.owner = owner
         self.clock = clock
+        self.listener = listener
+        self.watch = self.watch_of(owner)
         self._open: dict[str, Transport] = {}
         self._replies: dict[str, Replies] = {}
         self._stack = AsyncExitStack()
+
+    def watch_of(self, owner: str) -> Watch:
+        """What tells this client's or process's listener what happens in one of its services."""
+        return Watch(owner, self.listener, self.clock)
 
     async def reach(self, address: str) -> Transport:
         """The opened transport of an address. Raises AddressError, TransportError."""
@@ -45,8 +52,10 @@ class Carriers:
         if found is None:
             found = open_address(address, self.clock)
             await found.open()
+            self._stack.callback(self.watch.tell, "disconnected", str(found.address))
             self._stack.push_async_callback(found.close)
             self._open[address] = found
+            self.watch.tell("connected", str(found.address))
         return found
 
     async def exchange(self, transport: Transport) -> Handler:
@@ -282,6 +291,7 @@ async def plug(
     policy = resolve(contract, policies)
     service = State()  # of the remote service, shared by all of its operations
     lines: dict[str, Line] = {}
+    watch = carriers.watch_of(name)
 
     async def sender(guarded: Guarded, transports: Sequence[Transport]) -> Sender:
         operation = guarded.operation
@@ -297,7 +307,7 @@ async def plug(
         companions = None
         call: type[Call[Any, Any]] = Call
         where = " or ".join(str(transport.address) for transport in instances)
-        guarded = Guarded(operation, policy[attribute].policy, carriers.clock, service, where=where)
+        guarded = Guarded(operation, policy[attribute].policy, carriers.clock, service, where=where, watch=watch)
         if operation.style is Style.ASYNC_REQUEST:
             collect, withdraw = (
                 structs.replace(guarded, operation=other, own=State()) for other in operation.companions
@@ -325,7 +335,8 @@ class connect(Generic[C]):  # noqa: N801 - reads as a verb: async with connect(T
 
     `addresses`: one or several; each operation takes the first that can carry its style. `policy`: a Policy, or a list
     of one and of `on(operation, ...)`. `name`: what the service sees as the sender. `format`: what requests are written
-    in. Raises ConfigurationError on entering; its calls raise declared faults and CallError.
+    in. `listener`: a function that is told what happens (watch.py). Raises ConfigurationError on entering; its calls
+    raise declared faults and CallError.
     """
 
     def __init__(
@@ -336,6 +347,7 @@ class connect(Generic[C]):  # noqa: N801 - reads as a verb: async with connect(T
         policy: Policies = (),
         name: str = "client",
         format: str = "json",  # noqa: A002 - the word users know
+        listener: Listener | None = None,
         clock: Clock = SYSTEM,
     ) -> None:
         model_of(contract)  # refuses what contradicts itself
@@ -344,7 +356,7 @@ class connect(Generic[C]):  # noqa: N801 - reads as a verb: async with connect(T
         self._policy = policy
         self._format = format
         self._name = name
-        self._carriers = Carriers(name, clock)
+        self._carriers = Carriers(name, clock, listener)
 
     def __repr__(self) -> str:
         return f"<connect {self._contract.__name__} at {', '.join(self._addresses)}>"

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeAlias, cast
 
 from quintet.call import Reply
+from quintet.errors import LimitReached
 from quintet.filter import Guarded
 from quintet.message import Message
 from quintet.policy import Bulkhead, Policy, Stale
@@ -33,6 +34,8 @@ class Fallbacks:
 
     def __init__(self, guarded: Guarded, chain: Sequence[Any], read: Callable[[Message, bool], Reply[Any]]) -> None:
         self._name = guarded.operation.full_name
+        self._watch = guarded.watch
+        self._totals = guarded.meter.fallbacks
         self._now = guarded.clock.now
         self._read = read
         self._kept = guarded.own.of(_Kept, _Kept)
@@ -61,16 +64,23 @@ class Fallbacks:
             if isinstance(one, Stale):
                 when, reply = self._kept.get(asked, (0.0, None))
                 if reply is not None and self._now() - when <= one.max_age:
-                    return self._read(reply, True)
+                    return self._told(error, self._read(reply, True))
             elif callable(one):
                 try:
-                    return Reply(await cast(_Function, one)(*args, **kwargs), {})
+                    return self._told(error, Reply(await cast(_Function, one)(*args, **kwargs), {}))
                 except Exception as failed:
+                    self._totals["rejected" if isinstance(failed, LimitReached) else "failure"] += 1
                     error.add_note(f"its fallback failed too: {type(failed).__name__}: {failed}")
                     log.warning("%s: a fallback failed", self._name, exc_info=failed)
             else:
-                return Reply(one, {})
+                return self._told(error, Reply(one, {}))
+        self._totals["missing"] += 1
         return None
+
+    def _told(self, error: Exception, reply: Reply[Any]) -> Reply[Any]:
+        self._totals["success"] += 1
+        self._watch.tell("fell-back", self._name, error)
+        return reply
 
 
 def what_was_asked(message: Message) -> Any:

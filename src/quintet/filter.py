@@ -19,7 +19,9 @@ from msgspec import Struct, field
 from quintet.clock import Clock
 from quintet.contract import Operation
 from quintet.message import Handler
+from quintet.meter import CLIENTS, SERVERS, Meter
 from quintet.policy import Policy
+from quintet.watch import Watch
 
 T = TypeVar("T")
 
@@ -45,7 +47,8 @@ class Guarded(Struct, frozen=True):
     """What a filter is built for: one operation, on the side of its caller or of its service.
 
     `shared` is the state of the whole remote service as one client sees it (of the own service, on its side),
-    `own` that of this operation alone. `where`: the addresses it is reached at, for who reads an error.
+    `own` that of this operation alone. `where`: the addresses it is reached at, for who reads an error. `watch` is told
+    what happens.
     """
 
     operation: Operation[Any, Any, Any]
@@ -54,6 +57,12 @@ class Guarded(Struct, frozen=True):
     shared: State = field(default_factory=State)
     own: State = field(default_factory=State)
     where: str = ""
+    watch: Watch = field(default_factory=Watch)
+
+    @property
+    def meter(self) -> Meter:
+        """Where filters enter what they count."""
+        return self.own.of(Meter, Meter)
 
     def state(self, per: str) -> State:
         return self.shared if per == "service" else self.own
@@ -62,21 +71,30 @@ class Guarded(Struct, frozen=True):
 def client_chain(guarded: Guarded, exchanges: Sequence[Handler]) -> Handler:
     """The caller's filters around the exchanges with each address; the file that offers `balance` makes one of them."""
     handlers = list(exchanges)
+    _enter(guarded)
     for module in _innermost_first():
         if hasattr(module, "client"):
             handlers = [module.client(guarded, handler) for handler in handlers]
         elif hasattr(module, "balance") and len(handlers) > 1:
             handlers = [module.balance(guarded, handlers)]
     (handler,) = handlers
+    CLIENTS[handler] = guarded.meter
     return handler
 
 
 def server_chain(guarded: Guarded, handler: Handler) -> Handler:
     """The service's filters around the handler."""
+    _enter(guarded)
     for module in _innermost_first():
         if hasattr(module, "server"):
             handler = module.server(guarded, handler)
+    SERVERS[handler] = guarded.meter
     return handler
+
+
+def _enter(guarded: Guarded) -> None:
+    meter = guarded.meter
+    meter.operation, meter.policy, meter.owner = guarded.operation, guarded.policy, guarded.watch.owner
 
 
 @cache

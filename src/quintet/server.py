@@ -39,7 +39,8 @@ from quintet.pending import PendingWork, StillPending
 from quintet.policy import DEFAULT, Bulkhead, Policies, Policy
 from quintet.record import Exchange, Recorder
 from quintet.store import open_store
-from quintet.transport import DONE, Done, Receive, Serving, Trait, Transport, Verdict
+from quintet.transport import DONE, Dead, Done, Receive, Serving, Trait, Transport, Verdict
+from quintet.watch import Listener
 
 log = logging.getLogger("quintet.service")
 
@@ -247,6 +248,7 @@ class Running:
             for key, to in connect.items()
         }
         self._format = format_name
+        self._watch = carriers.watch_of(service.name)
         self._recorder = recorder
         self._gate = _Gate(service.concurrency)
         self._servings: list[Serving] = []
@@ -290,6 +292,7 @@ class Running:
 
     async def stop(self) -> None:
         """Takes no more, lets what is in work end within the service's grace, and frees what it held."""
+        self._watch.tell("draining", self.service.name)
         if self._pending:
             self._pending.drain()
         stopping = [asyncio.ensure_future(serving.stop()) for serving in self._servings]
@@ -330,7 +333,7 @@ class Running:
         if operation.style is Style.SURVEY:
             await self.carriers.replies(transport)
         bound = bind(transport.binding, operation, self._format)
-        guarded = Guarded(operation, DEFAULT, self.clock)
+        guarded = Guarded(operation, DEFAULT, self.clock, watch=self._watch)
         self._outlets[operation] = Sender(operation, bound, [transport.send], guarded, self.service.name)
 
     def outlet(self, operation: AnyOperation, style: Style) -> Sender:
@@ -389,7 +392,7 @@ class Running:
             await self._listen(inbox, handling)
 
     def _guarded(self, operation: AnyOperation) -> Guarded:
-        return Guarded(operation, self.service.policy, self.clock, self._state)
+        return Guarded(operation, self.service.policy, self.clock, self._state, watch=self._watch)
 
     async def _take(self, transport: Transport, channel: Channel, receive: Receive, group: str) -> None:
         limit, bulkhead = self.service.concurrency, self.service.policy.bulkhead
@@ -419,7 +422,7 @@ class Running:
             except Exception as error:
                 failure = self._failure(error, message, operation)
                 if retried:
-                    return decide(error, message.attempt, handling.redelivery, self.clock)
+                    return self._told(message, decide(error, message.attempt, handling.redelivery, self.clock))
                 reply = bound.refuse(message, failure)
             if direct:
                 return Done(reply)
@@ -431,6 +434,11 @@ class Running:
             return DONE
 
         return receive
+
+    def _told(self, message: Message, verdict: Verdict) -> Verdict:
+        if isinstance(verdict, Dead):
+            self._watch.tell("dead-letter", message.operation or message.channel.name, verdict.reason, message.attempt)
+        return verdict
 
     async def _send_reply(self, transport: Transport, reply: Message) -> None:
         try:
@@ -602,15 +610,17 @@ async def serve(
     connect: Connections | None = None,
     format: str = "json",  # noqa: A002 - the word users know
     record: str = "",
+    listener: Listener | None = None,
     clock: Clock = SYSTEM,
 ) -> AsyncGenerator[list[str]]:
     """Runs services in this process and drains them at the end; gives the addresses that they are served at.
 
     `at`: where they are served, one address or several. `connect`: where the services are that they use, and where the
     events and surveys live that they handle, by contract or its name. `record`: a file to which each delivery is
-    written (record.py). Raises ConfigurationError before anything is served.
+    written (record.py). `listener`: a function that is told what happens (watch.py). Raises ConfigurationError before
+    anything is served.
     """
-    carriers = Carriers("+".join(service.name for service in services), clock)
+    carriers = Carriers("+".join(service.name for service in services), clock, listener)
     addresses = [at] if isinstance(at, str) else list(at)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(carriers.close)

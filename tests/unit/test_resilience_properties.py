@@ -267,7 +267,7 @@ def test_a_million_random_calls_with_random_cancellations_leave_nothing_behind()
         outstanding = guarded.shared.of(Outstanding, lambda: Outstanding(clock))
         wheel = clock.wheel(asyncio.get_running_loop())
         assert outstanding.busy == 0
-        assert not outstanding._waiting
+        assert not outstanding.waiting
         assert not any(wheel._slots.values())
         assert len(asyncio.all_tasks()) == 1
         assert all(circuit.totals[outcome] > 20 for outcome in (SUCCESS, FAILURE, TIMEOUT, CANCELLED, REFUSED))

@@ -165,6 +165,7 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        line |= getattr(record, "quintet", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return standard_json.dumps(line)

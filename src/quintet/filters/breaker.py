@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal, TypeAlias
@@ -13,8 +14,10 @@ from quintet.clock import Clock
 from quintet.errors import CircuitOpen
 from quintet.filter import Guarded
 from quintet.message import Handler, Message
+from quintet.meter import Latencies
 from quintet.outcome import ANSWERED, FAILURE, OUTCOMES, REFUSED, SHORT_CIRCUITED, SLOW, SUCCESS, TIMEOUT, outcome_of
 from quintet.policy import Breaker
+from quintet.watch import Kind
 from quintet.window import Window
 
 PLACE = 40  # above the bulkhead: an open circuit refuses before a place is taken
@@ -33,6 +36,12 @@ class StateChange(Struct, frozen=True):
 
 
 _GOOD, _TOO_SLOW, _BAD = range(3)  # in the window
+_COUNTS_ONLY = Breaker(force_closed=True)  # where the policy has none: what is not counted cannot be seen
+_TOLD: dict[CircuitState, Kind] = {
+    "open": "circuit-opened",
+    "half-open": "circuit-half-open",
+    "closed": "circuit-closed",
+}
 _KINDS = {SUCCESS: _GOOD, SLOW: _TOO_SLOW, FAILURE: _BAD, TIMEOUT: _BAD}
 
 
@@ -50,6 +59,8 @@ class Circuit:
         self.free = True  # admits without being asked: closed, or forced so
         self.totals = [0] * len(OUTCOMES)
         """How many attempts ended in which way (OUTCOMES) since the start, for metrics."""
+        self.latencies = Latencies()
+        """How long those took that were sent."""
         self.listeners: list[Callable[[StateChange], None]] = []
         self._now = clock.now
         self._random = clock.random
@@ -58,7 +69,7 @@ class Circuit:
         self._probing = 0
         self._probed = [0, 0, 0]  # good, slow and failed ones
         self._settings = settings
-        self._window = Window(settings.window, 3)
+        self.window = Window(settings.window, 3)
         self.settings = settings
 
     def __repr__(self) -> str:
@@ -68,7 +79,7 @@ class Circuit:
     @property
     def counts(self) -> list[int]:
         """Good, slow and failed calls of the window."""
-        return self._window.at(self._now())
+        return self.window.at(self._now())
 
     @property
     def settings(self) -> Breaker:
@@ -78,7 +89,7 @@ class Circuit:
     def settings(self, settings: Breaker) -> None:
         """Changes them while calls are under way; the state stays, the window too where it is as long as before."""
         if settings.window != self._settings.window:
-            self._window = Window(settings.window, 3)
+            self.window = Window(settings.window, 3)
         if (settings.force_open, settings.force_closed) != (self._settings.force_open, self._settings.force_closed):
             self._begin()
         self._settings = settings
@@ -109,8 +120,8 @@ class Circuit:
         self.totals[SHORT_CIRCUITED] += 1
         raise CircuitOpen(f"{self.name}: not sent, its circuit is {how}", retry_after=wait)
 
-    def settle(self, permit: int, outcome: int) -> None:
-        """Takes a permit back, with how its attempt ended."""
+    def settle(self, permit: int, outcome: int, now: float | None = None) -> None:
+        """Takes a permit back, with how its attempt ended (and the time, where it is known already)."""
         self.totals[outcome] += 1
         if permit != self.generation:
             return
@@ -120,10 +131,14 @@ class Circuit:
             if kind is not None or outcome == ANSWERED:  # a declared fault proves that it works
                 self._judge_probe(kind or _GOOD)
         elif kind is not None:
-            self._window.add(kind, self._now())
-            good, slow, bad = self._window.counts
-            if (bad or slow) and good + slow + bad >= self._min_calls and self._too_many(good, slow, bad):
-                self._open()
+            self.window.add(kind, self._now() if now is None else now)
+            self.judge()
+
+    def judge(self) -> None:
+        """Opens the closed circuit where too many calls of the window were bad."""
+        good, slow, bad = self.window.counts
+        if (bad or slow) and good + slow + bad >= self._min_calls and self._too_many(good, slow, bad):
+            self._open()
 
     def _too_many(self, good: int, slow: int, bad: int) -> bool:
         calls = good + slow + bad
@@ -156,9 +171,8 @@ class Circuit:
         before, self.state = self.state, state
         self._begin()
         self._probed = [0, 0, 0]
-        self._window.clear()
+        self.window.clear()
         self._set_free()
-        log.log(logging.WARNING if state == "open" else logging.INFO, "%s: circuit %s", self.name, state)
         for listener in self.listeners:
             try:
                 listener(StateChange(self.name, before, state))
@@ -175,25 +189,58 @@ class Circuit:
 
 
 def client(guarded: Guarded, handler: Handler) -> Handler:
-    settings, clock = guarded.policy.breaker, guarded.clock
+    settings, now, watch = guarded.policy.breaker, guarded.clock.now, guarded.watch
     if not isinstance(settings, Breaker):
-        return handler
+        settings = _COUNTS_ONLY
     operation = guarded.operation
     name = operation.contract.__quintet__.name if settings.per == "service" else operation.full_name
-    circuit = guarded.state(settings.per).of(Circuit, lambda: Circuit(name, clock, settings))
+
+    def make() -> Circuit:
+        made = Circuit(name, guarded.clock, settings)
+        made.listeners.append(lambda change: watch.tell(_TOLD[change.after], change.name))
+        return made
+
+    circuit = guarded.state(settings.per).of(Circuit, make)
     circuit.settings = settings
-    slow_call = settings.slow_call
+    guarded.meter.circuit = circuit
+    slow_call = math.inf if settings.slow_call is None else settings.slow_call
+    totals, latencies, later = circuit.totals, circuit.latencies, circuit.latencies.unfolded.append
+
+    def admit() -> int:
+        try:
+            return circuit.admit()
+        except CircuitOpen as error:
+            watch.tell("refused", operation.full_name, error)
+            raise
 
     async def breaker(message: Message) -> Message | None:
-        permit = circuit.generation if circuit.free else circuit.admit()
-        started = 0.0 if slow_call is None else clock.now()
+        permit = circuit.generation if circuit.free else admit()
         try:
             reply = await handler(message)
         except BaseException as error:
-            circuit.settle(permit, outcome_of(error, message))
+            outcome, ended = outcome_of(error, message), now()
+            if outcome < REFUSED:
+                latencies.add(ended - message.begun)
+            circuit.settle(permit, outcome, ended)
             raise
-        slow = slow_call is not None and clock.now() - started > slow_call
-        circuit.settle(permit, SLOW if slow else SUCCESS)
+        ended = now()
+        seconds = ended - message.begun
+        if permit != circuit.generation or not circuit.free or seconds > slow_call:
+            latencies.add(seconds)
+            circuit.settle(permit, SUCCESS if seconds <= slow_call else SLOW, ended)
+            return reply
+        # `settle` of a success while closed, in place: its calls would be a tenth of the whole chain
+        totals[SUCCESS] += 1
+        window = circuit.window
+        if ended >= window.ends:
+            window.roll(ended)
+            latencies.fold()
+        later(seconds)
+        window.latest[_GOOD] += 1
+        counts = window.counts
+        counts[_GOOD] += 1
+        if counts[_BAD] or counts[_TOO_SLOW]:
+            circuit.judge()
         return reply
 
     return breaker

@@ -23,26 +23,29 @@ class Outstanding:
         self.limit = 0
         self.queue = 0
         self.busy = 0
+        self.peak = 0
+        """The most that were under way at once since somebody set it back to `busy`; never above `limit`."""
         self._clock = clock
-        self._waiting: deque[asyncio.Future[bool]] = deque()
+        self.waiting: deque[asyncio.Future[bool]] = deque()
 
     def __repr__(self) -> str:
-        return f"<outstanding {self.busy} of {self.limit}, {len(self._waiting)} waiting>"
+        return f"<outstanding {self.busy} of {self.limit}, {len(self.waiting)} waiting>"
 
     def configure(self, settings: Bulkhead) -> None:
         """Sets the limits. Calls under way go on; a lower limit holds as soon as enough of them have ended."""
         self.limit, self.queue = settings.limit, settings.queue
-        self._let_in()
+        self.peak = min(self.peak, self.limit)
+        self.let_in()
 
     async def enter(self, until: float | None, full: CallError) -> None:
         """Takes a place, waiting for one until then where the queue allows it. Raises `full`."""
         if self.busy < self.limit:
             self.busy += 1
             return
-        if len(self._waiting) >= self.queue:
+        if len(self.waiting) >= self.queue:
             raise full
         place: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
+        self.waiting.append(place)
         timer = None if until is None else self._clock.call_at(until, lambda: _settle(place, False))
         given = False
         try:
@@ -54,19 +57,19 @@ class Outstanding:
         finally:
             if timer is not None:
                 timer.cancel()
-            if not given and place in self._waiting:
-                self._waiting.remove(place)
+            if not given and place in self.waiting:
+                self.waiting.remove(place)
         if not given:
             raise full
 
     def leave(self) -> None:
         self.busy -= 1
-        if self._waiting:
-            self._let_in()
+        if self.waiting:
+            self.let_in()
 
-    def _let_in(self) -> None:
-        while self._waiting and self.busy < self.limit:
-            place = self._waiting.popleft()
+    def let_in(self) -> None:
+        while self.waiting and self.busy < self.limit:
+            place = self.waiting.popleft()
             self.busy += 1
             try:  # the one that waits may belong to another thread's loop
                 place.get_loop().call_soon_threadsafe(self._give, place)
@@ -116,15 +119,26 @@ def _limit(guarded: Guarded, handler: Handler, full: Callable[[int], CallError])
         return handler
     outstanding = guarded.state(settings.per).of(Outstanding, lambda: Outstanding(guarded.clock))
     outstanding.configure(settings)
+    guarded.meter.outstanding = outstanding
+    name, watch = guarded.operation.full_name, guarded.watch
 
     async def bulkhead(message: Message) -> Message | None:
-        if outstanding.busy < outstanding.limit:  # the usual case without an await
+        if outstanding.busy < outstanding.peak:  # the usual case without an await
             outstanding.busy += 1
+        elif outstanding.busy < outstanding.limit:
+            outstanding.busy += 1
+            outstanding.peak = outstanding.busy
         else:
-            await outstanding.enter(message.until, full(outstanding.limit))
+            try:
+                await outstanding.enter(message.until, full(outstanding.limit))
+            except CallError as error:
+                watch.tell("refused", name, error)
+                raise
         try:
             return await handler(message)
         finally:
-            outstanding.leave()
+            outstanding.busy -= 1
+            if outstanding.waiting:
+                outstanding.let_in()
 
     return bulkhead

@@ -13,6 +13,7 @@ PLACE = 20  # above retry: all attempts together have this long
 
 def client(guarded: Guarded, handler: Handler) -> Handler:
     name, timeout, now = guarded.operation.full_name, guarded.policy.timeout, guarded.clock.now
+    watch = guarded.watch
     waits = guarded.operation.style in (Style.REQUEST, Style.SURVEY)
     expires = guarded.operation.expires
 
@@ -25,8 +26,10 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
         if inherited is not None and (until is None or inherited < until):
             until = inherited
             if until <= start:
-                raise DeadlineExceeded(f"{name}: no time was left to send it", safety=Safety.NOT_SENT)
-        message.until = until
+                error = DeadlineExceeded(f"{name}: no time was left to send it", safety=Safety.NOT_SENT)
+                watch.tell("refused", name, error)
+                raise error
+        message.until, message.begun = until, start
         if waits:
             message.deadline = until
         elif message.deadline is None and expires is not None:
@@ -37,11 +40,13 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
 
 
 def server(guarded: Guarded, handler: Handler) -> Handler:
-    name, now = guarded.operation.full_name, guarded.clock.now
+    name, now, watch = guarded.operation.full_name, guarded.clock.now, guarded.watch
 
     async def drop_what_is_late(message: Message) -> Message | None:
         if message.deadline is not None and message.deadline <= now():
-            raise DeadlineExceeded(f"{name}: its deadline had passed before work was begun", safety=Safety.NOT_SENT)
+            error = DeadlineExceeded(f"{name}: its deadline had passed before work was begun", safety=Safety.NOT_SENT)
+            watch.tell("refused", name, error)
+            raise error
         return await handler(message)
 
     return drop_what_is_late

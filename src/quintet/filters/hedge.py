@@ -20,7 +20,8 @@ class Hedges(Budget):
 
 
 def client(guarded: Guarded, handler: Handler) -> Handler:
-    settings, clock = guarded.policy.hedge, guarded.clock
+    settings, clock, meter = guarded.policy.hedge, guarded.clock, guarded.meter
+    name, watch = guarded.operation.full_name, guarded.watch
     if not isinstance(settings, Hedge) or not guarded.operation.idempotent:
         return handler
     budget = guarded.shared.of(Hedges, Hedges)
@@ -63,7 +64,10 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
                 if not done:
                     more -= 1
                     if budget.spend(settings.budget, clock.now()):
-                        start(structs.replace(message, headers=dict(message.headers)))  # correlation is of each its own
+                        meter.extra["hedge"] += 1
+                        watch.tell("hedged", name)
+                        # correlation is of each its own
+                        start(structs.replace(message, headers=dict(message.headers), begun=clock.now()))
         finally:
             for task in running:
                 ending.add(task)

@@ -71,10 +71,13 @@ def _limit(guarded: Guarded, handler: Handler, over: Callable[[Rate, float], Cal
         return handler
     allowance = guarded.state(settings.per).of(Allowance, Allowance)
     allowance.configure(settings, now())
+    name, watch = guarded.operation.full_name, guarded.watch
 
     async def rate(message: Message) -> Message | None:
         if wait := allowance.take(settings, now()):
-            raise over(settings, wait)
+            error = over(settings, wait)
+            watch.tell("refused", name, error)
+            raise error
         return await handler(message)
 
     return rate

@@ -14,6 +14,7 @@ PLACE = 30  # above the breaker: each attempt is admitted and counted by itself
 
 def client(guarded: Guarded, handler: Handler) -> Handler:
     settings, clock, operation = guarded.policy.retry, guarded.clock, guarded.operation
+    meter, watch = guarded.meter, guarded.watch
     if not isinstance(settings, Retry):
         return handler
     budget = guarded.shared.of(Budget, Budget)
@@ -45,7 +46,10 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
                 now = clock.now()
                 if (until is not None and now + wait >= until) or not budget.spend(settings.budget, now):
                     raise  # the last real error, at once
+                meter.extra["retry"] += 1
+                watch.tell("retried", operation.full_name, error, attempt + 1)
             await clock.sleep(wait)
+            message.begun = clock.now()
         raise AssertionError("the last attempt returns or raises")
 
     return retry

@@ -18,7 +18,6 @@ PLACE = 90  # below the breaker, which must see a time-out as a failure and not 
 class _Timer(Struct, eq=False):
     task: asyncio.Task[Any]
     cancelling: int  # requests to cancel the task that were there before ours
-    start: float
     fired: bool = False
 
     def fire(self) -> None:
@@ -27,11 +26,16 @@ class _Timer(Struct, eq=False):
 
 
 def client(guarded: Guarded, handler: Handler) -> Handler:
-    name, clock, now = guarded.operation.full_name, guarded.clock, guarded.clock.now
+    name, clock, watch = guarded.operation.full_name, guarded.clock, guarded.watch
     where = f" at {guarded.where}" if guarded.where else ""
     get_running_loop, current_task = asyncio.get_running_loop, asyncio.current_task
 
     latest: tuple[asyncio.AbstractEventLoop | None, Wheel] = (None, Wheel(clock))
+
+    def too_late(message: Message, until: float) -> DeadlineExceeded:
+        error = DeadlineExceeded(f"{name} did not answer within {until - message.begun:.3g} s{where}")
+        watch.tell("timed-out", name, error)
+        return error
 
     async def timeout(message: Message) -> Message | None:
         nonlocal latest
@@ -44,7 +48,7 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
         if loop is not known:
             wheel = clock.wheel(loop)
             latest = loop, wheel
-        timer = _Timer(task, task.cancelling(), now())
+        timer = _Timer(task, task.cancelling())
         timers = wheel.set(until, timer)
         try:
             reply = await handler(message)
@@ -52,11 +56,11 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
             timers.discard(timer)
             if not timer.fired or (task.uncancel() > timer.cancelling and isinstance(error, asyncio.CancelledError)):
                 raise  # a cancellation by the caller in the same tick wins: its request to cancel is left over
-            raise DeadlineExceeded(f"{name} did not answer within {until - timer.start:.3g} s{where}") from None
+            raise too_late(message, until) from None
         timers.discard(timer)
         if timer.fired:  # the work ignored its cancellation: what it brought is too late
             task.uncancel()
-            raise DeadlineExceeded(f"{name} did not answer within {until - timer.start:.3g} s{where}")
+            raise too_late(message, until)
         return reply
 
     return timeout

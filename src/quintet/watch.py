@@ -1,0 +1,105 @@
+"""What happens to calls and deliveries, told to a listener, to the log and to the span in work."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+from msgspec import Struct
+
+from quintet.clock import SYSTEM, Clock
+from quintet.errors import ConfigurationError
+
+log = logging.getLogger("quintet.watch")
+
+Kind: TypeAlias = Literal[
+    "circuit-opened",
+    "circuit-half-open",
+    "circuit-closed",
+    "refused",
+    "timed-out",
+    "retried",
+    "hedged",
+    "fell-back",
+    "dead-letter",
+    "connected",
+    "disconnected",
+    "draining",
+]
+
+LEVELS: dict[Kind, int] = {
+    "circuit-opened": logging.WARNING,
+    "circuit-half-open": logging.INFO,
+    "circuit-closed": logging.INFO,
+    "refused": logging.DEBUG,  # one a call: what refuses must stay cheap, and say so once, where the circuit opens
+    "timed-out": logging.DEBUG,
+    "retried": logging.DEBUG,
+    "hedged": logging.DEBUG,
+    "fell-back": logging.DEBUG,
+    "dead-letter": logging.ERROR,
+    "connected": logging.DEBUG,
+    "disconnected": logging.DEBUG,
+    "draining": logging.INFO,
+}
+"""What can happen, and how loud its line in the log is."""
+
+
+class Occurrence(Struct, frozen=True, kw_only=True):
+    """What a listener is told.
+
+    `subject`: the operation, or the service whose circuit it is, or the address, or the service that drains. `owner`:
+    the service or client that it happened in. `reason`: the error, as a sentence. `attempt`: which one it was, or 0.
+    `at`: wall-clock seconds.
+    """
+
+    kind: Kind
+    subject: str
+    owner: str
+    at: float
+    reason: str = ""
+    attempt: int = 0
+
+
+Listener: TypeAlias = Callable[[Occurrence], None]
+
+
+class Watch:
+    """Tells what happens in one client or service. A listener that raises touches nothing but the log."""
+
+    def __init__(self, owner: str = "", listener: Listener | None = None, clock: Clock = SYSTEM) -> None:
+        if inspect.iscoroutinefunction(listener):
+            raise ConfigurationError(f"listener={listener!r} must be a plain function: it is called and not awaited")
+        self.owner = owner
+        self.listener = listener
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f"<watch of {self.owner or '?'}{', heard' if self.listener else ''}>"
+
+    def tell(self, kind: Kind, subject: str, reason: object = "", attempt: int = 0) -> None:
+        level = LEVELS[kind]
+        if log.isEnabledFor(level):
+            fields = {"kind": kind, "subject": subject, "owner": self.owner, "reason": str(reason), "attempt": attempt}
+            log.log(level, "%s: %s", kind, reason or subject, extra={"quintet": fields})
+        if self.listener is not None:
+            try:
+                self.listener(
+                    Occurrence(
+                        kind=kind,
+                        subject=subject,
+                        owner=self.owner,
+                        at=self._clock.wall(),
+                        reason=str(reason),
+                        attempt=attempt,
+                    )
+                )
+            except Exception:
+                log.exception("the listener failed on %s: %s", kind, subject)
+        tracing: Any = sys.modules.get("opentelemetry.trace")
+        if tracing is not None:  # else nobody can have configured a tracer
+            span = tracing.get_current_span()
+            if span.is_recording():
+                span.add_event(f"quintet.{kind}", {"quintet.subject": subject, "quintet.reason": str(reason)})
