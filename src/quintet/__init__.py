@@ -63,6 +63,7 @@ from quintet.model import (
 )
 from quintet.policy import Breaker, Bulkhead, Hedge, Injection, Policy, Rate, Retry, on, stale
 from quintet.server import Service, serve
+from quintet.store import Store, UnitOfWork
 from quintet.watch import Occurrence
 
 __all__ = [
@@ -116,6 +117,7 @@ __all__ = [
     "Retry",
     "Safety",
     "Service",
+    "Store",
     "Style",
     "TooLarge",
     "TransportError",
@@ -124,6 +126,7 @@ __all__ = [
     "UInt32",
     "UInt64",
     "Unavailable",
+    "UnitOfWork",
     "UnknownOperation",
     "UnknownPending",
     "UnsupportedMediaType",

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from quintet.clock import SYSTEM, Clock
 from quintet.errors import QuintetError
 from quintet.message import Channel, Message
+
+if TYPE_CHECKING:  # what most services never load
+    from quintet.store import UnitOfWork
 
 
 class Current(Struct):
@@ -20,6 +24,7 @@ class Current(Struct):
     _clock: Clock
     deadline: float | None
     _replies: dict[object, Message] | None = None  # to calls made while it is worked on, where a policy has them kept
+    _store: UnitOfWork | None = None
 
     def __repr__(self) -> str:
         return f"<current {self._message!r}>"
@@ -57,6 +62,17 @@ class Current(Struct):
         """Seconds until the caller gives up; None where nobody waits."""
         return None if self.deadline is None else max(0.0, self.deadline - self._clock.now())
 
+    @property
+    def store(self) -> UnitOfWork:
+        """The tables beside the marks of what was handled: what is executed here is done if the handler returns, and
+        once, however often the message comes. Raises QuintetError where the service has no such store."""
+        if self._store is None:
+            raise QuintetError(
+                f"{self.operation}: current().store is there in the handlers of Service(..., idempotent='sqlite:///...')"
+                " except those with every_instance="
+            )
+        return self._store
+
 
 NO_MESSAGE = Message(channel=Channel("none"))
 CURRENT: ContextVar[Current] = ContextVar("quintet", default=Current(NO_MESSAGE, SYSTEM, None))  # noqa: B039 - never changed
@@ -85,7 +101,7 @@ def deadline(seconds: float, *, clock: Clock = SYSTEM) -> Generator[None]:
     """Caps everything below it: no call made inside waits longer than what is left of so many seconds."""
     outer, mine = CURRENT.get(), clock.now() + seconds
     inherited = outer.deadline
-    inner = Current(outer._message, clock, mine if inherited is None else min(mine, inherited), outer._replies)
+    inner = structs.replace(outer, _clock=clock, deadline=mine if inherited is None else min(mine, inherited))
     token = CURRENT.set(inner)
     try:
         yield

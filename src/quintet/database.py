@@ -12,13 +12,13 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import apsw
 
-from quintet.errors import AddressError, CallError, ChannelFull, Safety, TransportError, Unavailable
+from quintet.errors import AddressError, CallError, ChannelFull, QuintetError, Safety, TransportError, Unavailable
 from quintet.transport import Address
 
 A = TypeVar("A")
@@ -59,6 +59,32 @@ class Transaction:
         self._connection.executemany(sql, rows).fetchall()
         return self._connection.total_changes() - before
 
+    def execute_foreign(self, sql: str, values: Sequence[Any], *, reads_only: bool = False) -> list[Any]:
+        """Runs a user's statement, which may do all but begin or end a transaction, for this one is of many."""
+        cursor = self._connection.cursor()
+        cursor.exec_trace = _refuse_change if reads_only else _refuse_control
+        return cursor.execute(sql, values or None).fetchall()
+
+    @contextlib.contextmanager
+    def savepoint(self, *, keep: bool = True) -> Generator[None]:
+        """Takes back what is done inside where that raises, and always unless it is to `keep`."""
+        self._connection.execute("SAVEPOINT inside").fetchall()
+        try:
+            yield
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            if self.goes_on:
+                if not keep:
+                    self._connection.execute("ROLLBACK TO inside").fetchall()
+                self._connection.execute("RELEASE inside").fetchall()
+
+    @property
+    def goes_on(self) -> bool:
+        """False where SQLite has rolled all of it back, as it does after some errors."""
+        return self._connection.in_transaction
+
     def notify(self, topic: str, payload: str = "") -> None:
         """Once committed, calls whoever listens to the topic, in every process."""
         self.notes.add((topic, payload))
@@ -66,6 +92,18 @@ class Transaction:
     def notify_everyone(self) -> None:
         """Once committed, calls all listeners of all topics with an empty payload."""
         self.everyone = True
+
+
+def _refuse_control(cursor: apsw.Cursor, sql: str, _: Any) -> bool:
+    if cursor.is_readonly and not cursor.get_description():  # COMMIT, SAVEPOINT, ATTACH and the like
+        raise QuintetError(f"{sql.strip()!r}: what is executed here is committed together, by itself; leave it out")
+    return True
+
+
+def _refuse_change(cursor: apsw.Cursor, sql: str, bindings: Any) -> bool:
+    if not cursor.is_readonly:
+        raise QuintetError(f"{sql.strip()!r}: a GET changes nothing; let its operation have another verb")
+    return _refuse_control(cursor, sql, bindings)
 
 
 Work: TypeAlias = Callable[[Transaction, list[A]], Sequence[R | Exception]]
@@ -79,7 +117,7 @@ Outcome: TypeAlias = tuple["asyncio.Future[Any]", Any]
 Wake: TypeAlias = tuple[str, str, str]  # address of the process, topic, payload
 
 
-def one_by_one(step: Callable[[Transaction, A], R]) -> Work[A, R]:
+def one_by_one(step: Callable[[Transaction, A], R | Exception]) -> Work[A, R]:
     """The work of callers that have nothing to share."""
     return lambda transaction, arguments: [step(transaction, argument) for argument in arguments]
 
@@ -402,6 +440,35 @@ def _poke(wake: socket.socket, address: str, text: str) -> bool:
     return True
 
 
+class MemoryDatabase(Database):
+    """The same in memory, for its opener alone: what is submitted is done at once."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(":memory:"))
+        self._connection = apsw.Connection(":memory:")
+        self._connection.execute("PRAGMA foreign_keys = ON").fetchall()
+        self._commit(self._prepare)
+
+    def submit(self, work: Work[A, R], argument: A, *, durable: bool = False) -> asyncio.Future[R]:
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        if self._closed:
+            future.set_exception(self._gone())
+            return future
+        outcomes, wakes = self._settle([(work, argument, future, durable)])
+        _resolve(outcomes)
+        for _, topic, payload in wakes:
+            self._call_listeners(topic, payload)
+        return future
+
+    def _prepare(self, transaction: Transaction) -> None:
+        transaction.execute(_SCHEMA)
+        self._enrol(transaction, [None])
+
+    def _close(self) -> None:
+        self._closed = True
+        self._connection.close(True)
+
+
 # Opening by address
 
 
@@ -416,8 +483,8 @@ def file_of(address: Address) -> Path:
     return Path(address.path[1:])
 
 
-async def open_database(path: Path) -> Database:
-    """The database of the file, shared in this process; each call needs one `close_database`.
+async def open_database(path: Path | None) -> Database:
+    """The database of the file, shared in this process, or a new one in memory; each needs one `close_database`.
 
     Raises TransportError where the file cannot be used: an old SQLite, no database, damaged, read-only, locked.
     """
@@ -426,6 +493,8 @@ async def open_database(path: Path) -> Database:
             f"SQLite {apsw.sqlite_lib_version()} can damage a file that several processes write (fixed in 3.51.3): "
             "install apsw 3.51.3 or later from its wheel"
         )
+    if path is None:
+        return MemoryDatabase()
     opening = asyncio.get_running_loop().run_in_executor(None, _acquire, path)
     try:
         return await asyncio.shield(opening)
@@ -436,6 +505,9 @@ async def open_database(path: Path) -> Database:
 
 async def close_database(database: Database) -> None:
     """The last user of a database closes the file, after everything that was submitted is done."""
+    if isinstance(database, MemoryDatabase):
+        database._close()
+        return
     await asyncio.sleep(0)  # what was submitted in this turn of the loop is handed over first
     await asyncio.to_thread(_release, database)
 
@@ -523,6 +595,11 @@ def translate(error: Exception, path: Path) -> Exception:
     translated = TransportError(sentence.format(path=path, detail=error, busy=BUSY_SECONDS))
     translated.__cause__ = error
     return translated
+
+
+def blames_file(error: Exception) -> bool:
+    """Whether it says something of the file, its disk or its locks, not of a statement."""
+    return isinstance(error, tuple(_SENTENCES))
 
 
 def refusal(error: TransportError) -> CallError:

@@ -38,7 +38,8 @@ from quintet.message import Channel, Handler, Message, new_id
 from quintet.pending import PendingWork, StillPending
 from quintet.policy import DEFAULT, Bulkhead, Policies, Policy
 from quintet.record import Exchange, Recorder
-from quintet.store import open_store
+from quintet.repeats import once
+from quintet.store import SeenStore, Store, open_seen, open_store
 from quintet.transport import DONE, Dead, Done, Receive, Serving, Trait, Transport, Verdict
 from quintet.watch import Listener
 
@@ -73,7 +74,8 @@ class Service:
     at work at once; up to the `bulkhead` of its `policy` more requests wait their turn, others are refused.
     `max_body`: bytes that a message's body may have. `grace`: seconds that what is in work has to end when the service
     stops; what is longer is cancelled, and comes again where it was queued. `lifespan`: an async context manager
-    around all.
+    around all. `idempotent`: a Store, or its address, that knows the repeats of a message for 7 days: what its handler
+    does through `current().store` is done once, and each repeat gets the same reply.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Service:
         inbox: str = "",
         answers: str = "",
         keep_answers: float = 7 * 24 * 3600.0,
+        idempotent: Store | str = "",
         concurrency: int = 100,
         max_body: int = 4 * 1024 * 1024,
         grace: float = 30.0,
@@ -102,6 +105,7 @@ class Service:
         self.inbox = inbox
         self.answers = answers or f"sqlite:///.quintet/{self.name}.db"
         self.keep_answers = keep_answers
+        self.idempotent = idempotent
         self.concurrency = concurrency
         self.max_body = max_body
         self.grace = grace
@@ -255,6 +259,7 @@ class Running:
         self._outlets: dict[AnyOperation, Sender] = {}
         self._homes: dict[AnyOperation, Transport] = {}
         self._pending: PendingWork | None = None
+        self._seen: SeenStore | None = None
         self._kept: set[tuple[AnyOperation, str]] = set()  # what is worked off an inbox already
         self._stack = AsyncExitStack()
         self._state = State()  # what the filters of all its operations share
@@ -284,6 +289,10 @@ class Running:
             await store.open()
             self._stack.push_async_callback(store.close)
             self._pending = PendingWork(store, self.clock)
+        if service.idempotent:
+            self._seen = open_seen(service.idempotent, clock=self.clock)
+            await self._seen.open()
+            self._stack.push_async_callback(self._seen.close)
         service.running = self
         if service.lifespan is not None:
             await self._stack.enter_async_context(service.lifespan(service))
@@ -450,6 +459,8 @@ class Running:
         """The service's filters around the function: a message in, the reply out, failures raised."""
         operation, function, clock = handling.operation, handling.function, self.clock
         max_body, own = self.service.max_body, handling.own
+        if self._seen and own and not handling.every_instance:
+            function = once(function, operation, self._seen, bind("body", operation, self._format), self.service.name)
         gate = self._gate if own else _Gate(sys.maxsize)  # who waits for an answer must not keep it from being made
         declared: tuple[type[Exception], ...] = (*operation.faults, Declined)
         arguments = _arguments(operation, function)
