@@ -61,10 +61,11 @@ class Call(Generic[P, R]):
         key: str = "",
         headers: Mapping[str, str] | None = None,
         expires: float | None = None,
+        id: str = "",  # noqa: A002 - the word for it
     ) -> Self:
         """The same call with other options: `timeout` in seconds, `key` for order, the user's `headers`, and after
-        how many seconds a queued message `expires`."""
-        options = Options(timeout=timeout, key=key, headers=headers or {}, expires=expires)
+        how many seconds a queued message `expires`. `id`: the message's, by which a repeat of it is known as one."""
+        options = Options(timeout=timeout, key=key, headers=headers or {}, expires=expires, id=id)
         return type(self)(self._line, self._run, options)
 
     def reply(self, *args: P.args, **kwargs: P.kwargs) -> Reply[R]:

@@ -20,6 +20,7 @@ class Options(Struct, frozen=True, kw_only=True):
     key: str = ""
     headers: Mapping[str, str] = {}
     expires: float | None = None
+    id: str = ""
 
 
 DEFAULTS = Options()
@@ -84,10 +85,12 @@ class Call(Generic[P, R]):
         key: str = "",
         headers: Mapping[str, str] | None = None,
         expires: float | None = None,
+        id: str = "",  # noqa: A002 - the word for it
     ) -> Self:
         """The same call with other options: `timeout` in seconds, `key` for order, the user's `headers`, and after
-        how many seconds a queued message `expires`."""
-        return type(self)(self._line, Options(timeout=timeout, key=key, headers=headers or {}, expires=expires))
+        how many seconds a queued message `expires`. `id`: the message's, by which a repeat of it is known as one."""
+        options = Options(timeout=timeout, key=key, headers=headers or {}, expires=expires, id=id)
+        return type(self)(self._line, options)
 
     async def reply(self, *args: P.args, **kwargs: P.kwargs) -> Reply[R]:
         """As the call itself, with what travels beside the value: links, headers, staleness."""

@@ -140,6 +140,7 @@ class Sender:
                 if name in inherited:
                     message.headers[name] = inherited[name]
         if options is not DEFAULTS:
+            message.id = options.id or message.id
             message.key = options.key or message.key
             message.headers.update(options.headers)
             now = self.clock.now()

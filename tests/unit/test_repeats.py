@@ -79,10 +79,7 @@ def orders(
 
 async def say(call: Call[..., Any] | PendingCall[..., Any], message_id: str, *args: Any) -> Any:
     """A call whose message has this id."""
-    line: Any = call._line
-    message = line.sender.prepare(args, {})
-    message.id = message_id
-    return line._value_of(message, await line.sender.send(message))
+    return await call.using(id=message_id)(*args)
 
 
 def running(service: Service) -> Running:
