@@ -22,6 +22,7 @@ from quintet.call import PendingCall as AsyncPendingCall
 from quintet.contract import Contract
 from quintet.errors import ConnectionLost, QuintetError
 from quintet.policy import Policies
+from quintet.watch import Listener
 
 __all__ = ["Call", "Client", "Pending", "PendingCall", "Reply", "connect"]
 
@@ -229,8 +230,9 @@ class connect(Generic[C]):  # noqa: N801 - reads as a verb: with blocking.connec
     """A typed client of a contract for threads: `with blocking.connect(Passengers, "http://...") as passengers: ...`.
 
     Takes what `quintet.connect` takes, and its calls are the same without `await`; any number of threads may share it.
-    Raises ConfigurationError on entering; its calls raise declared faults and CallError, and QuintetError where a
-    call cannot block: inside a running event loop, after the `with` block, in a process forked meanwhile.
+    A `listener` is called in the background thread. Raises ConfigurationError on entering; its calls raise declared
+    faults and CallError, and QuintetError where a call cannot block: inside a running event loop, after the `with`
+    block, in a process forked meanwhile.
     """
 
     def __init__(
@@ -241,9 +243,10 @@ class connect(Generic[C]):  # noqa: N801 - reads as a verb: with blocking.connec
         policy: Policies = (),
         name: str = "client",
         format: str = "json",  # noqa: A002 - the word users know
+        listener: Listener | None = None,
     ) -> None:
         self._contract = contract
-        self._connect = client.connect(contract, addresses, policy=policy, name=name, format=format)
+        self._connect = client.connect(contract, addresses, policy=policy, name=name, format=format, listener=listener)
         self._connected: _Connected | None = None
 
     def __repr__(self) -> str:

@@ -313,6 +313,22 @@ def test_the_circuit_is_one_for_all_threads() -> None:
     assert kinds == [Unavailable] * 4 + [CircuitOpen] * 2
 
 
+def test_a_listener_is_told_in_the_background_thread_what_happens() -> None:
+    told: list[tuple[str, str]] = []
+    policy = Policy(timeout=PATIENCE, breaker=Breaker(min_calls=1))
+    with (
+        blocking.connect(
+            Trips,
+            NOBODY,
+            policy=policy,
+            listener=lambda what: told.append((what.kind, threading.current_thread().name)),
+        ) as client,
+        pytest.raises(Unavailable),
+    ):
+        client.get("t-1")
+    assert ("circuit-opened", "quintet.blocking") in told
+
+
 def test_a_fallback_answers_and_whatever_it_raises_is_its_callers(address: str) -> None:
     async def leave(trip_id: str) -> Trip:
         if trip_id == "leave":
