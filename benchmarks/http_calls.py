@@ -24,11 +24,13 @@ import msgspec
 import uvloop
 from msgspec import Struct
 
+from benchmarks.figure import Figure, at_least
 from quintet import Contract, Service, connect, request, serve
 from quintet.message import Channel, Message, new_id
 from quintet.transport import Done, Verdict, open_address
 
 OUTSTANDING = (1, 16, 64)
+MOST = OUTSTANDING[-1]
 ROUNDS = 10
 PEERS = {  # name: server, client
     "FastAPI on uvicorn + httpx": ("fastapi", "httpx"),
@@ -39,8 +41,6 @@ PEERS = {  # name: server, client
     "Quintet's transport alone": ("transport", "transport"),
     "Quintet": ("quintet", "quintet"),
 }
-RATES = "requests per second with 1 / 16 / 64 outstanding"
-WORK = "microseconds of work per request on the server / client with 64"
 BUDGETS = {  # of Quintet, 64 outstanding: at least so many times the peer
     "FastAPI on uvicorn + aiohttp": 2.5,
     "FastAPI on uvicorn + httpx": 20.0,
@@ -81,7 +81,7 @@ Call = Callable[[], Awaitable[object]]
 # Servers: each returns once it listens, and stays until the stack is closed.
 
 
-async def serve_fastapi(port: int, _: Stay) -> None:
+async def serve_fastapi(port: int, stay: Stay) -> None:
     from fastapi import FastAPI
     from pydantic import create_model
 
@@ -95,10 +95,10 @@ async def serve_fastapi(port: int, _: Stay) -> None:
 
     put.__annotations__ = {"body": trip, "return": trip}
     app.put(PATH)(put)
-    await _uvicorn(app, port)
+    await _uvicorn(app, port, stay)
 
 
-async def serve_asgi(port: int, _: Stay) -> None:
+async def serve_asgi(port: int, stay: Stay) -> None:
     async def app(_: Any, receive: Any, send: Any) -> None:
         event = await receive()
         body = event["body"]
@@ -110,21 +110,26 @@ async def serve_asgi(port: int, _: Stay) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    await _uvicorn(app, port)
+    await _uvicorn(app, port, stay)
 
 
-async def _uvicorn(app: Any, port: int) -> None:
+async def _uvicorn(app: Any, port: int, stay: Stay) -> None:
+    """As it is run, with the Date that every server must send (RFC 9110, section 6.6.1)."""
     import uvicorn
-    from uvicorn.server import ServerState
 
     config = uvicorn.Config(
         app, port=port, http="httptools", lifespan="off", ws="none", log_config=None, access_log=False
     )
-    config.load()
-    state = ServerState()
-    loop = asyncio.get_running_loop()
-    protocol: Any = config.http_protocol_class
-    await loop.create_server(lambda: protocol(config, state, {}, loop), "127.0.0.1", port)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+
+    async def end() -> None:
+        server.should_exit = True
+        await serving
+
+    stay.push_async_callback(end)
+    while not server.started:  # noqa: ASYNC110 - uvicorn offers nothing to wait for
+        await asyncio.sleep(0.01)
 
 
 class BareServer(asyncio.Protocol):
@@ -370,35 +375,29 @@ class Peer:
         return [(int(stat[13]) + int(stat[14])) / os.sysconf("SC_CLK_TCK") for stat in stats]
 
 
-def run(seconds: float = 3.0) -> dict[str, object]:
-    """Requests per second by peer and number outstanding, the work of both cores, and the budgets' ratios.
-
-    `seconds` for each cell. The work is microseconds a request costs each core, which a busy machine blurs less.
-    """
-    best: dict[str, dict[str, int]] = {name: dict.fromkeys(map(str, OUTSTANDING), 0) for name in PEERS}
-    total = {name: [0.0, 0.0, 0.0] for name in PEERS}  # with the most outstanding: requests, work there, work here
+def figures(seconds: float = 3.0) -> list[Figure]:
+    """What Quintet is worth beside each peer, requests per second of all, and what one costs the server's and the
+    client's core (which a busy machine blurs less). `seconds` for each number outstanding of each peer."""
+    best = {name: dict.fromkeys(OUTSTANDING, 0.0) for name in PEERS}
+    work = dict.fromkeys(PEERS, (0.0, 0.0, 0.0))  # with the most outstanding: requests, seconds there and here
     with ExitStack() as stay:
         peers = {name: Peer(server, client, stay) for name, (server, client) in PEERS.items()}
         for _ in range(ROUNDS):
             for outstanding in OUTSTANDING:
                 for name, peer in peers.items():
-                    count, took, *cores = peer.measure(outstanding, seconds / ROUNDS)
-                    best[name][str(outstanding)] = max(best[name][str(outstanding)], round(count / took))
-                    if outstanding == OUTSTANDING[-1]:
-                        total[name] = [sum(pair) for pair in zip(total[name], (count, *cores), strict=True)]
-    most = str(OUTSTANDING[-1])
-    ratios = {
-        f"x {name}, {most} outstanding": {
-            "ratio": round(best["Quintet"][most] / best[name][most], 2),
-            "budget": budget,
-        }
-        for name, budget in BUDGETS.items()
-    }
-    work = {
-        name: {"server": round(1e6 * there / count), "client": round(1e6 * here / count)}
-        for name, (count, there, here) in total.items()
-    }
-    return {RATES: best, WORK: work, "ratios": ratios}
+                    count, took, there, here = peer.measure(outstanding, seconds / ROUNDS)
+                    best[name][outstanding] = max(best[name][outstanding], count / took)
+                    if outstanding == MOST:
+                        requests, server, client = work[name]
+                        work[name] = (requests + count, server + there, client + here)
+    ours = best["Quintet"][MOST]
+    found = [at_least(f"Quintet beside {name}", ours / best[name][MOST], "x", least) for name, least in BUDGETS.items()]
+    for name, rates in best.items():
+        found += [Figure(f"{name}, {outstanding} outstanding", rate, "1/s") for outstanding, rate in rates.items()]
+        requests, server, client = work[name]
+        found.append(Figure(f"{name}: work of the server", server / requests * 1e6, "us"))
+        found.append(Figure(f"{name}: work of the client", client / requests * 1e6, "us"))
+    return found
 
 
 def main() -> None:
@@ -412,13 +411,8 @@ def main() -> None:
                 outstanding, seconds = line.split()
                 print(*uvloop.run(_call(kind, int(port), int(outstanding), float(seconds))), flush=True)
         case [*given]:
-            found: Any = run(*map(float, given))
-            print(f"{RATES}, and {WORK}")
-            for name, rates in found[RATES].items():
-                cells = [*rates.values(), *found[WORK][name].values()]
-                print(f"{name:40}" + "".join(f"{cell:>10,}" for cell in cells))
-            for name, ratio in found["ratios"].items():
-                print(f"{ratio['ratio']:>8} {name} (budget {ratio['budget']})")
+            for figure in figures(*map(float, given)):
+                print(f"{figure.name:60} {figure.value:12,.2f} {figure.unit:4} {figure.budget}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import logging
 import sys
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
@@ -34,6 +33,7 @@ from quintet.errors import (
     TooLarge,
 )
 from quintet.filter import Guarded, State, server_chain
+from quintet.gate import Gate
 from quintet.message import Channel, Handler, Message, new_id
 from quintet.pending import PendingWork, StillPending
 from quintet.policy import DEFAULT, Bulkhead, Policies, Policy
@@ -254,7 +254,7 @@ class Running:
         self._format = format_name
         self._watch = carriers.watch_of(service.name)
         self._recorder = recorder
-        self._gate = _Gate(service.concurrency)
+        self._gate = Gate(service.concurrency)
         self._servings: list[Serving] = []
         self._outlets: dict[AnyOperation, Sender] = {}
         self._homes: dict[AnyOperation, Transport] = {}
@@ -461,7 +461,7 @@ class Running:
         max_body, own = self.service.max_body, handling.own
         if self._seen and own and not handling.every_instance:
             function = once(function, operation, self._seen, bind("body", operation, self._format), self.service.name)
-        gate = self._gate if own else _Gate(sys.maxsize)  # who waits for an answer must not keep it from being made
+        gate = self._gate if own else Gate(sys.maxsize)  # who waits for an answer must not keep it from being made
         declared: tuple[type[Exception], ...] = (*operation.faults, Declined)
         arguments = _arguments(operation, function)
 
@@ -564,39 +564,6 @@ class Running:
                 return Done(outside.refuse(message, self._failure(error, message, operation)))
 
         return receive
-
-
-class _Gate:
-    """At most so many handlers of a service at once, first come first served; free as long as nobody must wait."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.busy = 0
-        self._queue: deque[asyncio.Future[None]] = deque()
-
-    async def enter(self) -> None:
-        while self.busy >= self.limit:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._queue.append(turn)
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._next()  # its turn had come: hand it on
-                raise
-        self.busy += 1
-
-    def leave(self) -> None:
-        self.busy -= 1
-        if self._queue:
-            self._next()
-
-    def _next(self) -> None:
-        while self._queue:
-            turn = self._queue.popleft()
-            if not turn.done():
-                turn.set_result(None)
-                return
 
 
 def _arguments(

@@ -10,6 +10,9 @@ import struct
 import subprocess
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -277,12 +280,55 @@ def test_work_whose_caller_left_while_it_waited_is_not_begun(run: Run) -> None:
             with socket.create_connection(("127.0.0.1", served.address.port or 0)) as second:
                 second.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes by a reset
                 second.sendall(request(body=b"2"))
-                await until(lambda: sum(c._busy for c in served._server.connections) == 2)
+                await until(lambda: sum(len(route.requests) for route in served._server.routes) == 2)
             await until(lambda: len(served._server.connections) == 1)
             receive.let_go.set()
             assert await first
             assert await here.send(echo(b"3"))
             assert [message.body for message in receive.seen] == [b"", b"3"]
+
+    run(main())
+
+
+def test_more_requests_than_may_wait_are_refused_before_they_are_begun(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quintet.transports.http.WAITING", 2)
+
+    async def main() -> None:
+        receive = Echo(hold=True)
+        async with server(receive, limit=1) as served, client(served.address) as here:
+            calls = [asyncio.create_task(here.send(echo())) for _ in range(3)]
+            await until(lambda: sum(len(route.requests) for route in served._server.routes) == 3)
+            refused = await here.send(echo())
+            assert refused is not None
+            assert (refused.status, refused.headers[":status"]) == ("overloaded", "503")
+            receive.let_go.set()
+            assert len(await asyncio.gather(*calls)) == len(receive.seen) == 3
+            assert await here.send(echo())
+
+    run(main())
+
+
+def test_context_variables_of_one_request_reach_no_other(run: Run) -> None:
+    left: ContextVar[str] = ContextVar("left", default="nothing")
+    seen: list[str] = []
+
+    async def receive(message: Message) -> Verdict:
+        seen.append(left.get())
+        left.set("something")
+        return Done()
+
+    async def main() -> None:
+        async with server(receive) as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.address.port)
+            for _ in range(2):  # large enough for reading to be paused, and resumed by the one who answers
+                writer.write(request(body=b"a" * 1_000_000))
+                await reader.readuntil(b"\r\n\r\n")
+            writer.write(request() * 3 + request("POST /v1/echo/a", b"", CLOSE))
+            await reader.read()
+            writer.close()
+            assert seen == ["nothing"] * 6
 
     run(main())
 
@@ -300,6 +346,21 @@ def test_the_answer_to_a_cancelled_call_is_never_read_as_that_to_the_next(run: R
             assert reply.body == b"second"
             with pytest.raises(asyncio.CancelledError):
                 await first
+
+    run(main())
+
+
+def test_every_answer_is_dated(run: Run) -> None:
+    async def main() -> None:
+        clock = FakeClock()
+        async with server(Echo(), clock=clock) as served, client(served.address) as here:
+            dates = []
+            for _ in range(2):
+                reply = await here.send(echo())
+                assert reply is not None
+                dates.append(parsedate_to_datetime(reply.headers["date"]))
+                await clock.advance(3)
+            assert dates[1] - dates[0] == timedelta(seconds=3)
 
     run(main())
 
@@ -589,6 +650,23 @@ def test_a_connection_goes_on_after_a_body_that_was_a_little_too_large(run: Run)
     run(main())
 
 
+def test_who_goes_on_sending_what_was_refused_as_too_large_is_hung_up_on(run: Run) -> None:
+    async def main() -> None:
+        clock = FakeClock()
+        async with server(Echo(), options="?max_body=1000&request_timeout=10", clock=clock) as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.address.port)
+            writer.write(b"POST /v1/echo/a HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n" + b"a" * 2000)
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 413 ")
+            writer.write(b"a" * 2000)
+            await clock.advance(9)
+            assert served._server.connections
+            await clock.advance(10)
+            assert b"HTTP/1.1" not in await reader.read()
+            writer.close()
+
+    run(main())
+
+
 def test_who_expects_to_be_told_to_continue_is_told(run: Run) -> None:
     async def main() -> None:
         async with server(Echo()) as served:
@@ -622,7 +700,7 @@ def test_trailers_are_dropped_and_cannot_go_on_for_ever(run: Run) -> None:
             assert receive.seen[0].sender == ""
             reader, writer = await asyncio.open_connection("127.0.0.1", served.address.port)
             writer.write(head + b"0\r\n")
-            await until(lambda: any(c._heads for c in served._server.connections))
+            await until(lambda: any(c.cycle for c in served._server.connections))
             for _ in range(8):
                 writer.write(b"X-More: " + b"a" * 8000 + b"\r\n")
             assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
@@ -648,7 +726,7 @@ def test_a_silent_or_slow_client_is_hung_up_on(run: Run, sent: bytes, answer: by
         clock, receive = FakeClock(), Echo()
         async with server(receive, clock=clock, options="?request_timeout=10") as served:
             hearing = asyncio.create_task(raw(served, sent))
-            await until(lambda: any(not sent or c._heads + c._head_size for c in served._server.connections))
+            await until(lambda: any(not sent or c.scope for c in served._server.connections))
             await clock.advance(9)
             assert served._server.connections
             await clock.advance(60)
@@ -659,18 +737,13 @@ def test_a_silent_or_slow_client_is_hung_up_on(run: Run, sent: bytes, answer: by
 
 def test_a_connection_that_idles_is_closed_and_one_in_use_is_not(run: Run) -> None:
     async def main() -> None:
-        clock, receive = FakeClock(), Echo(hold=True)
-        async with server(receive, clock=clock, options="?keep_alive=20") as served:
-            idle = asyncio.create_task(raw(served, request("GET /nope")))
+        receive = Echo(hold=True)
+        async with server(receive, options="?keep_alive=0.05") as served:
             busy = asyncio.create_task(raw(served, request(body=b"abc")))
             await receive.begun.acquire()
-            await until(lambda: any(c._idle_since for c in served._server.connections))
-            await clock.advance(18)
-            assert len(served._server.connections) == 2
-            await clock.advance(100)
-            assert (await idle).startswith(b"HTTP/1.1 404 ")
+            assert (await raw(served, request("GET /nope"))).startswith(b"HTTP/1.1 404 ")
+            assert not busy.done()
             receive.let_go.set()
-            await clock.advance(100)
             assert (await busy).endswith(b"abc")
 
     run(main())
@@ -911,7 +984,7 @@ def test_a_request_that_is_half_there_when_the_server_stops_is_served(run: Run, 
         reader, writer = await asyncio.open_connection("127.0.0.1", served.address.port)
         whole = request(body=b"abc")
         writer.write(whole[:cut])
-        await until(lambda: any(c._head_size for c in served._server.connections))
+        await until(lambda: any(c.scope for c in served._server.connections))
         stopping = asyncio.gather(*(serving.stop() for serving in servings))
         await until(lambda: served._server._drained)
         for _ in range(10):
@@ -932,7 +1005,7 @@ def test_a_request_that_stays_half_there_does_not_keep_the_server_from_stopping(
         clock = FakeClock()
         served, servings = await _stopping(Echo(), clock=clock)
         hearing = asyncio.create_task(raw(served, b"POST /v1/ec"))
-        await until(lambda: any(c._head_size for c in served._server.connections))
+        await until(lambda: any(c.scope for c in served._server.connections))
         stopping = asyncio.gather(*(serving.stop() for serving in servings))
         for _ in range(10):
             await asyncio.sleep(0)
@@ -992,6 +1065,46 @@ def test_a_stop_that_is_cancelled_cuts_off_what_is_in_work(run: Run) -> None:
         assert not served._server.connections
 
     run(main())
+
+
+def test_a_channel_whose_stop_is_cancelled_cuts_off_its_own_requests_only(run: Run) -> None:
+    async def main() -> None:
+        receive = Echo(hold=True)
+        served, (first, _) = await _stopping(receive)
+        async with client(served.address) as here:
+            own = asyncio.create_task(here.send(echo()))
+            other = asyncio.create_task(here.send(Message(channel=GET)))
+            for _ in range(2):
+                await receive.begun.acquire()
+            stopping = asyncio.create_task(first.stop())
+            await until(lambda: first.stopping)  # type: ignore[attr-defined]
+            stopping.cancel()
+            with pytest.raises(ConnectionLost):
+                await own
+            receive.let_go.set()
+            assert await other
+        await served.close()
+
+    run(main())
+
+
+def test_to_cut_off_what_is_in_work_is_no_error_of_the_server(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        receive = Echo(hold=True)
+        served, _ = await _stopping(receive)
+        async with client(served.address) as here:
+            call = asyncio.create_task(here.send(echo()))
+            half = asyncio.create_task(raw(served, request(body=b"abc")[:-1]))
+            await receive.begun.acquire()
+            await until(lambda: len(served._server.state.tasks) == 2)
+            await served.close()
+            assert not served._server.state.tasks
+            with pytest.raises(ConnectionLost):
+                await call
+            await asyncio.gather(half, return_exceptions=True)
+
+    run(main())
+    assert not caplog.records
 
 
 # Addresses

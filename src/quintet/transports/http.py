@@ -1,7 +1,8 @@
-"""HTTP/1.1 on httptools, the parser of uvicorn: a server inside the service's own loop, and a pool of connections.
+"""HTTP/1.1: uvicorn's connections inside the service's own loop, and a pool of client connections on httptools.
 
-uvicorn's own connection was tried: its ASGI cycle costs as much again as all of this, a head may be endless in it and
-a slow client stay for ever. granian, embedded, costs twice what uvicorn does.
+uvicorn parses, writes and keeps alive; here stand the application that it calls, and what it does not bound: the size
+of a head, the time of a slow client. At most `limit` requests of a channel are handed on at once, what the core makes
+of a deadline bounds how long one is in work, and WAITING how many wait for that, each with at most `max_body` in hand.
 
 Options of an address: `max_body` (bytes of a body, both ways), `request_timeout` (seconds a client may take to send a
 request or to read its answer), `keep_alive` (seconds a served connection may idle), `connections` (how many a client
@@ -11,14 +12,21 @@ opens at most), `ca` (a file of certificates to trust), `cert` and `key` (what a
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import logging
 import ssl
 from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from email.utils import formatdate
-from typing import Final
+from functools import partial
+from typing import Any, Final, cast
 from urllib.parse import quote
 
 import httptools
 import msgspec
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from quintet.clock import SYSTEM, Clock, Handle
 from quintet.errors import (
@@ -26,37 +34,38 @@ from quintet.errors import (
     CallError,
     ConnectionLost,
     InvalidMessage,
+    Overloaded,
     RemoteError,
     TooLarge,
     TransportError,
     Unavailable,
 )
+from quintet.gate import Gate
 from quintet.message import Channel, Message
-from quintet.transport import Address, Done, Receive, Serving, Trait, Transport, Verdict, parse_address
+from quintet.transport import Address, Done, Receive, Serving, Trait, Transport, parse_address
 from quintet.wire.http import (
-    SPARSE,
     MalformedHTTP,
     NotRouted,
     Response,
     ResponseParser,
+    ResponseParts,
     Router,
-    add_header,
-    problem_bytes,
+    problem_parts,
+    read_headers,
     read_request,
     read_response,
     request_bytes,
-    response_bytes,
+    response_parts,
     route_of,
     split_route,
 )
-from quintet.workers import Workers
 
 MAX_BODY: Final = 4 * 1024 * 1024  # bytes; what gRPC allows too
 MAX_HEAD: Final = 32 * 1024
 MAX_PATH: Final = 8 * 1024
 IDLE: Final = 4.0  # seconds; below the 5 after which most servers close an idle connection
 SWEEP: Final = 1.0  # seconds between two looks at slow and idle clients
-PATIENCE: Final = 8  # times max_body that is read and dropped, so that the client comes to read its 413
+WAITING: Final = 10_000  # requests of a channel that wait for a place; more are refused
 GRACE: Final = 5.0  # seconds that a request which is half read may still take when the server stops
 
 
@@ -310,63 +319,28 @@ class _Caller(asyncio.Protocol):
 # --- the server
 
 FAILED: Final = "the service failed; its log says why"
-_Delivery = tuple[Message, "_Connection"]
-_Request = tuple[str, str, dict[str, str], bytes | None, bool]
-"""Method, target, headers, body (None: too large) and whether the connection stays."""
+CLOSE: Final = (b"connection", b"close")
+LOG: Final = logging.getLogger("quintet.http")
+LOG.setLevel(logging.ERROR)  # uvicorn warns of every request that is none: whoever sends them would fill the log
+LOG.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)))
+
+_Scope = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[Any]]
+_Send = Callable[[Any], Awaitable[None]]
 
 
 class _Route:
     """One channel being served."""
 
     def __init__(self, server: _Server, channel: Channel, receive: Receive, limit: int, route: str) -> None:
-        self.channel, self.route = channel, route
+        self.channel, self.receive, self.route = channel, receive, route
         self.stopping = False
-        self._server, self._receive = server, receive
-        self._waiting: deque[_Delivery] = deque()
-        self._unsettled = 0
-        self._settled = asyncio.Event()
-        self._settled.set()
-        self._workers: Workers[_Delivery] = Workers(self._take, self._work, limit)
+        self.gate = Gate(limit)
+        self.requests: dict[asyncio.Task[Any], _Connection] = {}  # in work and waiting for a place
+        self._server = server
 
     def __repr__(self) -> str:
-        return f"<serving {self.route}: {self._workers!r}>"
-
-    @property
-    def takes(self) -> bool:
-        """While the whole server drains, what is half read still comes in."""
-        return not self.stopping or (self._server.draining and not self._workers.stopped)
-
-    def put(self, message: Message, connection: _Connection) -> None:
-        self._waiting.append((message, connection))
-        self._unsettled += 1
-        if self._unsettled == 1:
-            self._settled.clear()
-        self._workers.wake()
-
-    def _take(self) -> _Delivery | None:
-        while self._waiting:
-            delivery = self._waiting.popleft()
-            if not delivery[1].is_closing():
-                if self._waiting:
-                    self._workers.wake()
-                return delivery
-            self._settle()  # nobody waits for it any more
-        return None
-
-    async def _work(self, delivery: _Delivery) -> None:
-        message, connection = delivery
-        try:
-            connection.settle(message, await self._receive(message))
-        except BaseException:
-            connection.abort()
-            raise
-        finally:
-            self._settle()
-
-    def _settle(self) -> None:
-        self._unsettled -= 1
-        if not self._unsettled:
-            self._settled.set()
+        return f"<serving {self.route}: {len(self.requests)} requests{', stopping' if self.stopping else ''}>"
 
     async def stop(self) -> None:
         """Ends listening, when all at this address stop. Where this is cancelled, what is in work is cut off."""
@@ -374,8 +348,8 @@ class _Route:
         try:
             await asyncio.sleep(0)  # who stops a whole service stops its channels at once: they drain as one
             await self._server.drain_if_all_stop()
-            await self._settled.wait()
-            await self._workers.drain()
+            while others := self.requests.keys() - {asyncio.current_task()}:  # a handler may stop its own service
+                await asyncio.wait(others)
         except asyncio.CancelledError:
             await self.cancel()
             if self._server.draining:
@@ -385,30 +359,36 @@ class _Route:
 
     async def cancel(self) -> None:
         self._server.remove(self)
-        while self._waiting:
-            self._waiting.popleft()[1].abort()
-            self._settle()
-        await self._workers.cancel()
+        for connection in self.requests.values():
+            connection.transport.abort()
+        await _cancel(self.requests)
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    others = set(tasks) - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 class _Server:
-    """All that is served at one address."""
+    """All that is served at one address: an ASGI application, and the connections of uvicorn that call it."""
 
     def __init__(self, carrier: Carrier) -> None:
         address = carrier.address
         self.clock, self.max_body = carrier.clock, carrier.max_body
-        self.request_timeout = address.option("request_timeout", 30.0)
-        self.keep_alive = address.option("keep_alive", 60.0)
         self.routes: set[_Route] = set()
-        self.connections: set[_Connection] = set()
         self.listening = self.draining = False
+        self.state = ServerState()
+        self.context = contextvars.copy_context()
+        self._request_timeout = address.option("request_timeout", 30.0)
+        self._keep_alive = address.option("keep_alive", 60.0)
         self._carrier = carrier
         self._router: Router[_Route] = Router()
         self._listener: asyncio.Server | None = None
         self._drained: asyncio.Task[None] | None = None
         self._emptied = asyncio.Event()
         self._sweeping: Handle | None = None
-        self._second, self._date = 0, ""
 
     def add(self, channel: Channel, receive: Receive, limit: int) -> _Route:
         try:
@@ -428,57 +408,96 @@ class _Server:
 
     async def listen(self) -> int:
         """Starts listening and returns the port. Raises TransportError and AddressError."""
-        address = self._carrier.address
+        address, loop = self._carrier.address, asyncio.get_running_loop()
         port = address.port if address.port is not None else (443 if self._carrier.secure else 80)
-        context = self._context()
+        config = self._config()
         try:
-            self._listener = await asyncio.get_running_loop().create_server(
-                lambda: _Connection(self), address.host, port, ssl=context, backlog=2048
+            self._listener = await loop.create_server(
+                lambda: _Connection(self, config, loop), address.host, port, ssl=config.ssl, backlog=config.backlog
             )
         except OSError as error:
             raise TransportError(f"{address}: cannot listen there: {error.strerror or error}") from error
         self.listening = True
         return int(self._listener.sockets[0].getsockname()[1])
 
-    def _context(self) -> ssl.SSLContext | None:
-        if not self._carrier.secure:
-            return None
-        address = self._carrier.address
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    def _config(self) -> uvicorn.Config:
+        address, files = self._carrier.address, {}
+        if self._carrier.secure:
+            if "cert" not in address.options:
+                raise AddressError(f"{address}: to serve https, name the certificate's file: ?cert=...&key=...")
+            files = {"ssl_certfile": address.options["cert"], "ssl_keyfile": address.options.get("key")}
+        config = uvicorn.Config(
+            self.respond,
+            http=_Connection,
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            proxy_headers=False,
+            workers=1,
+            timeout_keep_alive=self._keep_alive,  # type: ignore[arg-type]  # goes to call_later as it is
+            **files,  # type: ignore[arg-type]
+        )
         try:
-            context.load_cert_chain(address.options["cert"], address.options.get("key"))
-        except KeyError:
-            raise AddressError(f"{address}: to serve https, name the certificate's file: ?cert=...&key=...") from None
+            config.load()
         except OSError as error:
             raise AddressError(f"{address}: cannot use its certificate or key: {error}") from None
-        return context
+        return config
 
-    @property
-    def date(self) -> str:
-        second = int(self.clock.wall())
-        if second != self._second:
-            self._second, self._date = second, formatdate(second, usegmt=True)
-        return self._date
+    # a request and its answer
 
-    def begin(self, connection: _Connection, method: str, target: str, headers: dict[str, str], body: bytes) -> None:
-        """A whole request has come: to its route, or answered at once where it has none."""
-        if target[0] != "/":  # the absolute form of RFC 9112, section 3.2.2
-            target = "/" + target.partition("://")[2].partition("/")[2]
-        path = target.partition("?")[0]
-        if not target.isascii() or "#" in target:
-            connection.refuse(InvalidMessage("the path must be percent-encoded"), 400)
+    async def respond(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        """The ASGI application."""
+        headers = read_headers(scope["headers"])
+        upgrade = "upgrade" in headers  # not offered: the parser stops behind this request
+        try:
+            parts = await self._answer(scope, headers, receive)
+        except Exception as error:  # a reply that cannot be written: the client learns that, the loop why
+            asyncio.get_running_loop().call_exception_handler({"message": "unusable reply", "exception": error})
+            parts = problem_parts(RemoteError(FAILED))
+        if parts is None:
             return
+        status, lines, body = parts
+        if upgrade or self.draining:
+            lines.append(CLOSE)
+        transport: _Joined = scope["state"]["connection"].transport
+        transport.hold()
+        try:
+            await send({"type": "http.response.start", "status": status, "headers": lines})
+            await send({"type": "http.response.body", "body": body})
+        finally:
+            transport.release()
+
+    async def _answer(self, scope: _Scope, headers: dict[str, str], receive: _Receive) -> ResponseParts | None:
+        """None where the client left before its request was whole, or before it was begun."""
+        if int(headers.get("content-length", 0)) > self.max_body:
+            return self._too_large(headers)
+        event = await receive()
+        body: bytes = event.get("body", b"")
+        if event.get("more_body"):
+            whole = bytearray(body)
+            while event.get("more_body") and len(whole) <= self.max_body:
+                event = await receive()
+                whole += event.get("body", b"")
+            body = bytes(whole)
+        if event["type"] != "http.request":
+            return None
+        if len(body) > self.max_body:
+            return self._too_large(headers)
+        if "upgrade" in headers and ("content-length" in headers or "transfer-encoding" in headers):
+            return problem_parts(InvalidMessage("Upgrade is not offered here: send the request without it"), 400)
+        method: str = scope["method"]
+        path: str = scope["raw_path"].decode()
+        query: bytes = scope["query_string"]
+        target = f"{path}?{query.decode('latin-1')}" if query else path
         if len(target) > MAX_PATH:
-            connection.refuse(TooLarge(f"the path and its query have more than {MAX_PATH} bytes"), 414)
-            return
+            return problem_parts(TooLarge(f"the path and its query have more than {MAX_PATH} bytes"), 414)
         try:
             route, parameters = self._router.find(method, path, headers.get("quintet-operation", ""))
         except NotRouted as no:
-            self._unrouted(connection, method, path, no)
-            return
-        if not route.takes:
-            connection.refuse(Unavailable(f"{path!r} is being stopped here; the request was not begun"))
-            return
+            return self._unrouted(method, path, no)
+        if route.stopping and not self.draining:  # while all drains, what is half read still comes in
+            return problem_parts(Unavailable(f"{path!r} is being stopped here; the request was not begun"))
         headers[":method"] = method
         headers[":path"] = target
         if parameters:
@@ -486,45 +505,68 @@ class _Server:
         try:
             message = read_request(route.channel, headers, body, self.clock.now())
         except InvalidMessage as error:
-            connection.refuse(error, 400)
-            return
-        route.put(message, connection)
+            return problem_parts(error, 400)
+        gate, requests, connection = route.gate, route.requests, scope["state"]["connection"]
+        if len(requests) >= gate.limit + WAITING:
+            return problem_parts(Overloaded(f"{WAITING} requests wait for {route.route}; this one was not begun"))
+        task = asyncio.current_task(connection.loop)
+        assert task is not None, "uvicorn runs each request in a task"  # noqa: S101
+        requests[task] = connection
+        try:
+            if gate.busy < gate.limit:
+                gate.busy += 1
+            else:
+                await gate.enter()
+            try:
+                if connection.transport.is_closing():  # nobody waits for it any more
+                    return None
+                verdict = await route.receive(message)
+            finally:
+                gate.leave()
+        finally:
+            del requests[task]
+        if isinstance(verdict, Done):
+            return response_parts(verdict.reply)
+        return problem_parts(RemoteError(FAILED, correlation_id=message.id))
 
-    def _unrouted(self, connection: _Connection, method: str, path: str, no: NotRouted) -> None:
+    def _too_large(self, headers: dict[str, str]) -> ResponseParts:
+        """Answered at once, while uvicorn drops the rest of the body; who asked before sending one need not send it."""
+        error = TooLarge(f"the body has more than the {self.max_body} bytes that are taken here")
+        return problem_parts(error, 413, *([CLOSE] if "expect" in headers else []))
+
+    def _unrouted(self, method: str, path: str, no: NotRouted) -> ResponseParts:
         if method in {"GET", "HEAD"} and path in {"/health/live", "/health/ready"}:
             draining = path == "/health/ready" and any(route.stopping for route in self.routes)
-            state = {"status": "draining" if draining else path.removeprefix("/health/")}
-            connection.answer(
-                Message(
-                    channel=Channel(path),
-                    body=msgspec.json.encode(state),
-                    media_type="application/json",
-                    headers={":status": "503" if draining else "200"},
-                )
+            body = msgspec.json.encode({"status": "draining" if draining else path.removeprefix("/health/")})
+            headers = {":status": "503" if draining else "200"}
+            return response_parts(
+                Message(channel=Channel(path), body=body, media_type="application/json", headers=headers)
             )
-        elif method == "OPTIONS" and no.allow:
-            connection.answer(Message(channel=Channel(path), headers={"allow": no.allow}))
-        else:
-            connection.refuse(no.error, no.status, f"allow: {no.allow}" if no.allow else "")
+        if method == "OPTIONS" and no.allow:
+            return response_parts(Message(channel=Channel(path), headers={"allow": no.allow}))
+        return problem_parts(no.error, no.status, *([(b"allow", no.allow.encode())] if no.allow else []))
 
     # the connections
 
-    def made(self, connection: _Connection) -> None:
-        self.connections.add(connection)
-        if self._sweeping is None:
-            self._sweeping = self.clock.call_at(self.clock.now() + SWEEP, self._sweep)
+    @property
+    def connections(self) -> list[_Connection]:
+        return [connection for connection in self.state.connections if isinstance(connection, _Connection)]
 
-    def lost(self, connection: _Connection) -> None:
-        self.connections.discard(connection)
-        if not self.connections:
+    def made(self) -> None:
+        if self._sweeping is None:
+            self._sweep()
+
+    def lost(self) -> None:
+        if not self.state.connections:
             self._emptied.set()
 
     def _sweep(self) -> None:
         """One timer for all connections, as long as there are any."""
         now = self.clock.now()
-        for connection in list(self.connections):
-            connection.expire(now - self.request_timeout, now - self.keep_alive)
-        self._sweeping = self.clock.call_at(now + SWEEP, self._sweep) if self.connections else None
+        self.state.default_headers = [(b"date", formatdate(self.clock.wall(), usegmt=True).encode())]
+        for connection in self.connections:
+            connection.expire(now - self._request_timeout)
+        self._sweeping = self.clock.call_at(now + SWEEP, self._sweep) if self.state.connections else None
 
     async def drain_if_all_stop(self) -> None:
         if all(route.stopping for route in self.routes):
@@ -533,275 +575,197 @@ class _Server:
             await asyncio.shield(self._drained)
 
     async def _drain(self) -> None:
+        """As uvicorn's Server.shutdown: no time-out but for what is half read, since nothing in work is cut off."""
         self.draining = True
         if self._listener is not None:
             self._listener.close()
         await asyncio.sleep(0)  # what has arrived by now is read, and counts as in flight
-        for connection in list(self.connections):
-            connection.drain()
+        for connection in self.connections:
+            connection.shutdown()
         grace = self.clock.call_at(self.clock.now() + GRACE, self._end_grace)
         try:
-            while self.connections:
-                self._emptied.clear()
-                await self._emptied.wait()
+            await self._empty()
         finally:
             grace.cancel()
 
     def _end_grace(self) -> None:
-        now = self.clock.now()
-        for connection in list(self.connections):
-            connection.expire(now, now)
+        for connection in self.connections:
+            connection.expire(self.clock.now())
+
+    async def _empty(self) -> None:
+        while self.state.connections:
+            self._emptied.clear()
+            await self._emptied.wait()
 
     def abort(self) -> None:
-        for connection in list(self.connections):
-            connection.abort()
+        for connection in self.connections:
+            connection.transport.abort()
 
     async def close(self) -> None:
         """Cuts off what is not stopped."""
         if self._listener is not None:
             self._listener.close()
-        await asyncio.gather(*(route.cancel() for route in list(self.routes)))
         self.abort()
-        while self.connections:
-            self._emptied.clear()
-            await self._emptied.wait()
+        await _cancel(self.state.tasks)
+        for route in list(self.routes):
+            self.remove(route)
+        await self._empty()
         if self._drained is not None:
             self._drained.cancel()
         if self._sweeping is not None:
             self._sweeping.cancel()
 
 
-class _Connection(asyncio.Protocol):
-    """One client's connection: its requests are begun one after the other, each when the one before is answered."""
+class _Joined:
+    """uvicorn writes a head and its body one after the other: joined they cost one system call, not two."""
 
-    def __init__(self, server: _Server) -> None:
-        self._server = server
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._held: list[bytes] | None = None
+        self.is_closing = transport.is_closing
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def hold(self) -> None:
+        self._held = []
+
+    def release(self) -> None:
+        held, self._held = self._held, None
+        if held:
+            self._transport.write(b"".join(held))
+
+    def write(self, data: bytes) -> None:
+        if self._held is None:
+            self._transport.write(data)
+        else:
+            self._held.append(data)
+
+    def close(self) -> None:
+        self.release()
+        self._transport.close()
+
+
+class _Connection(HttpToolsProtocol):
+    """uvicorn's connection with the bounds that it lacks, on the size of what is no body and on a client's time."""
+
+    cycle: Any  # None before the first request
+
+    def __init__(self, server: _Server, config: uvicorn.Config, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(config, server.state, {"connection": self}, loop)
+        self.logger, self.access_log = LOG, False
+        self._owner = server
         self._now = server.clock.now
-        self._parser = httptools.HttpRequestParser(self)
-        self._transport: asyncio.Transport
-        # the request that is being read
-        self._in_head, self._head_size, self._heads = True, 0, 0  # the last: how many heads were whole
-        self._reading_since: float | None = None
-        self._url = b""
-        self._headers: dict[str, str] = {}
-        self._chunks: list[bytes] = []
-        self._size = self._fed = 0  # of its body, and of all that came behind its head
-        # the request that is being answered, and the whole ones behind it
-        self._busy = self._keep_alive = self._head_only = False
-        self._pending: deque[_Request] = deque()
-        self._last = self._paused = False  # nothing is read any more, or for the moment
-        self._idle_since = 0.0
+        self._refused = False
+        self._headed: Any = None  # the scope of the last request whose head is whole
+        self._frame = 0  # bytes that have come since the last head or piece of a body
+        self._reading_since: float | None = None  # the request that is being read, or the first that is awaited
         self._writing_since: float | None = None
 
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
-
-    def abort(self) -> None:
-        self._transport.abort()
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._transport = transport
+        super().connection_made(cast(asyncio.Transport, _Joined(transport)))
         self._reading_since = self._now()
-        self._server.made(self)
+        self._owner.made()
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        self._pending.clear()
-        self._server.lost(self)
-
-    # reading
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.app_state.clear()  # else it would hold itself
+        self._owner.lost()
 
     def data_received(self, data: bytes) -> None:
-        if self._last:
+        if self._refused:
+            return
+        self._frame += len(data)
+        # in the server's context: a handler that had reading resumed left its own behind
+        self._owner.context.run(super().data_received, data)
+        cycle = self.cycle
+        if cycle is not None and not (cycle.more_body or cycle.response_complete) and self.scope is self._headed:
+            self._frame, self._reading_since = 0, None
             return
         if self._reading_since is None:
             self._reading_since = self._now()
-        while self._in_head and len(data) > MAX_HEAD - self._head_size:
-            heads, room = self._heads, MAX_HEAD - self._head_size
-            self._feed(data[:room])
-            if self._heads == heads:
-                what, status = ("headers", 431) if self._headers else ("path", 414)
-                self._hang_up(TooLarge(f"the {what} of a request may have {MAX_HEAD} bytes"), status)
-            if self._last:
-                return
-            data = data[room:]
-        if self._in_head:
-            self._head_size += len(data)
-            self._feed(data)
-        else:
-            self._fed += len(data)
-            self._feed(data)
-            if not self._in_head and self._fed > MAX_HEAD + SPARSE * self._size:
-                self._hang_up(TooLarge(f"there are more than {MAX_HEAD} bytes around the body"), 400)
+        if self._frame > MAX_HEAD:
+            self._refuse_frame()
 
-    def _feed(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._last = True  # not offered: the request is answered as it is, and the rest is not for us
-        except httptools.HttpParserCallbackError:
-            raise
-        except httptools.HttpParserError as error:
-            self._hang_up(InvalidMessage(f"this is no HTTP/1.1 request: {error}"), 400)
-
-    def on_message_begin(self) -> None:
-        self._url, self._headers, self._chunks, self._size = b"", {}, [], 0
-
-    def on_url(self, url: bytes) -> None:
-        self._url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # trailers are nobody's
-            add_header(self._headers, name, value)
+    @property
+    def _in_head(self) -> bool:
+        return self.scope is not self._headed
 
     def on_headers_complete(self) -> None:
-        self._heads += 1
-        self._in_head, self._fed = False, 0
-        expected = "expect" in self._headers
-        if expected or "content-length" in self._headers:
-            size, limit = int(self._headers.get("content-length", 0)), self._server.max_body
-            if size > limit and (expected or size > PATIENCE * limit):
-                self._hang_up(self._too_large(), 413)
-            elif expected and not self._busy and not self._last:
-                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._frame > MAX_HEAD and len(self.url) + sum(4 + len(n) + len(v) for n, v in self.headers) > MAX_HEAD:
+            self._refuse_frame()
+            raise httptools.HttpParserError
+        before = self.cycle
+        super().on_headers_complete()
+        self._headed, self._frame = self.scope, 0
+        self.headers = []  # not the scope's any more: trailers are nobody's
+        if self.pipeline:  # it begins where the one before ends, and not in the context of that
+            before.on_response = partial(self._owner.context.run, before.on_response)
 
     def on_body(self, body: bytes) -> None:
-        self._size += len(body)
-        if self._size <= self._server.max_body:
-            self._chunks.append(body)
-        elif self._size > PATIENCE * self._server.max_body:
-            self._hang_up(self._too_large(), 413)
-
-    def on_message_complete(self) -> None:
-        self._in_head, self._head_size = True, 0
-        self._reading_since = None
-        if self._last:
-            return
-        upgrade = self._parser.should_upgrade()
-        if upgrade and ("content-length" in self._headers or "transfer-encoding" in self._headers):
-            self._hang_up(InvalidMessage("Upgrade is not offered here: send the request without it"), 400)
-            return
-        body = None if self._size > self._server.max_body else b"".join(self._chunks)
-        keep_alive = self._parser.should_keep_alive() and not upgrade
-        method = self._parser.get_method().decode()
-        request = method, self._url.decode("latin-1"), self._headers, body, keep_alive
-        if self._busy or self._pending or self._writing_since is not None:
-            self._pending.append(request)
-            self._pause()
-        else:
-            self._begin(request)
-
-    def _begin(self, request: _Request) -> None:
-        method, target, headers, body, self._keep_alive = request
-        self._busy, self._head_only = True, method == "HEAD"
-        if body is None:  # it was read to its end: who still writes would not read the answer
-            self.refuse(self._too_large())
-        else:
-            self._server.begin(self, method, target, headers, body)
-
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body has more than the {self._server.max_body} bytes that are taken here")
-
-    # answering
-
-    def settle(self, message: Message, verdict: Verdict) -> None:
-        if not isinstance(verdict, Done):
-            self.refuse(RemoteError(FAILED, correlation_id=message.id))
-            return
-        try:
-            self.answer(verdict.reply)
-        except ValueError as error:  # a reply that cannot be written: the client learns that, the loop why
-            self._loop.call_exception_handler({"message": f"{message!r}: unusable reply", "exception": error})
-            self.refuse(RemoteError(FAILED, correlation_id=message.id))
-
-    def answer(self, reply: Message | None) -> None:
-        """The answer to the request that was begun. Raises ValueError where it cannot stand in HTTP."""
-        close = self._closes()
-        self._send(response_bytes(reply, self._server.date, close, self._head_only), close)
-
-    def refuse(self, error: CallError, status: int = 0, line: str = "") -> None:
-        close = self._closes()
-        self._send(problem_bytes(error, status, line, self._server.date, close, self._head_only), close)
-
-    def _closes(self) -> bool:
-        return not self._keep_alive or (not self._pending and (self._last or self._server.draining))
-
-    def _send(self, response: bytes, close: bool) -> None:
-        if self._transport.is_closing():
-            return
-        self._transport.write(response)
-        self._busy = False
-        if close:
-            self._linger() if self._reading_since is not None else self._transport.close()
-        elif self._pending or self._paused:
-            self._loop.call_soon(self._advance)  # not at once: a row of refusals would recurse
-        else:
-            self._idle_since = self._now()
-
-    def _linger(self) -> None:
-        """The client is still writing: to close now would reset the connection, and the answer with it."""
-        self._last = True
-        self._pending.clear()
-        if self._transport.can_write_eof():
-            self._transport.write_eof()
-        else:
-            self._transport.close()
-
-    def _pause(self) -> None:
-        if not self._paused:
-            self._paused = True
-            self._transport.pause_reading()
-
-    def _advance(self) -> None:
-        if self._busy or self._writing_since is not None or self._transport.is_closing():
-            return
-        if self._pending:
-            self._begin(self._pending.popleft())
-        elif self._paused:
-            self._paused = False
-            self._transport.resume_reading()
+        self._frame = 0
+        super().on_body(body)
 
     def pause_writing(self) -> None:
-        """The client does not read its answers: nothing more is begun for it."""
+        super().pause_writing()
         self._writing_since = self._now()
-        self._pause()
 
     def resume_writing(self) -> None:
+        super().resume_writing()
         self._writing_since = None
-        self._advance()
 
     # ending
 
-    def _hang_up(self, error: CallError, status: int) -> None:
+    def _refuse_frame(self) -> None:
+        if not self._in_head:
+            self._refuse(TooLarge(f"there are more than {MAX_HEAD} bytes around the body"), 400)
+        elif self.headers:
+            self._refuse(TooLarge(f"the headers of a request may have {MAX_HEAD} bytes"), 431)
+        else:
+            self._refuse(TooLarge(f"the path of a request may have {MAX_HEAD} bytes"), 414)
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
+        self._refuse(InvalidMessage("this is no HTTP/1.1 request"), 400)
+
+    def _refuse(self, error: CallError, status: int) -> None:
         """What came is no request: says so, unless answers to good ones before it are still due, and ends."""
-        if self._last:
+        if self._refused or self.transport.is_closing():
             return
-        self._last = True
-        if not self._busy and not self._pending:
-            self._keep_alive = self._head_only = False
-            self.refuse(error, status)
+        if self._answers_due():
+            self.cycle.keep_alive = False
+            return
+        self._refused = True
+        status, headers, body = problem_parts(error, status, *self.server_state.default_headers, CLOSE)
+        lines = b"".join(b"%b: %b\r\n" % line for line in headers)
+        self.transport.write(STATUS_LINE[status] + lines + b"\r\n" + body)
+        if self.transport.can_write_eof():  # to close while the client still writes would take the answer from it
+            self.transport.write_eof()
+        else:
+            self.transport.close()
 
-    def eof_received(self) -> bool:
+    def _answers_due(self) -> bool:
+        cycle = self.cycle
+        return bool(self.pipeline) or (cycle is not None and not cycle.response_complete and not cycle.more_body)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
         """A client may close its half once its request is whole, and still read the answer."""
-        self._last, self._reading_since = True, None
-        return (self._busy or bool(self._pending)) and not self._transport.get_extra_info("sslcontext")
+        if not self._answers_due() or self.scheme == "https":
+            return False
+        self.cycle.keep_alive = False
+        return True
 
-    def drain(self) -> None:
+    def shutdown(self) -> None:
         """The server stops: ends at once where nothing is in flight; what is half read has its grace."""
-        if self._in_head and not self._head_size and not self._busy and not self._pending:
-            self._transport.close()
+        if not self._in_head or self._answers_due():
+            super().shutdown()
 
-    def expire(self, before: float, idle_before: float) -> None:
+    def expire(self, before: float) -> None:
         """Hangs up on a client that has been sending its request, or reading its answer, since `before`."""
         if self._writing_since is not None:
             if self._writing_since <= before:
-                self._transport.abort()
-        elif self._reading_since is not None:
-            if self._reading_since > before:
-                return
-            if not self._last and (self._head_size or not self._in_head):
-                self._hang_up(InvalidMessage("the request was not whole in time"), 408)
-            else:
-                self._transport.close()
-        elif not self._busy and not self._pending and self._idle_since <= idle_before:
-            self._transport.close()
+                self.transport.abort()
+        elif self._reading_since is not None and self._reading_since <= before and not self.flow.read_paused:
+            if self._in_head or (self.cycle is not None and not self.cycle.response_complete):
+                self._refuse(InvalidMessage("the request was not whole in time"), 408)
+            if not self._answers_due():
+                self.transport.close()

@@ -17,8 +17,8 @@ RFC 9110, section 5.5); framing headers (FRAMING) are this module's and are neve
 from __future__ import annotations
 
 import re
-from http import HTTPStatus
-from typing import Final, Generic, TypeVar
+from operator import attrgetter
+from typing import Final, Generic, TypeAlias, TypeVar
 from urllib.parse import quote, unquote
 
 import httptools
@@ -63,7 +63,9 @@ FRAMING: Final = frozenset(
 _ID, _OPERATION, _SENDER, _VERSION, _KEY, _REPLY_TO, _CORRELATION, _STATUS = FIELDS.values()
 _OURS = FRAMING | {*FIELDS.values(), TIMEOUT, ATTEMPT, "date"}
 _REQUEST_FIELDS = tuple((field, name) for field, name in FIELDS.items() if field != "status")
-_REPLY_FIELDS = tuple((field, name) for field, name in FIELDS.items() if field not in {"id", "operation", "key"})
+_REPLIED = [field for field in FIELDS if field not in {"id", "operation", "key"}]
+_REPLY_NAMES = tuple(FIELDS[field].encode() for field in _REPLIED)
+_reply_fields = attrgetter(*_REPLIED)
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
@@ -80,6 +82,10 @@ FOREIGN: Final = {
     504: "deadline",
 }
 """The failure that an HTTP status means where the server is no Quintet and names none; others are "remote"."""
+
+
+Lines: TypeAlias = list[tuple[bytes, bytes]]
+"""Header lines, as an ASGI server gives and takes them."""
 
 
 class MalformedHTTP(Exception):
@@ -161,7 +167,11 @@ class Router(Generic[Target]):
             except UnicodeDecodeError:
                 raise NotRouted(400, "", InvalidMessage(f"the path {path!r} is not UTF-8 when decoded")) from None
         values: list[str] = []
-        node = _walk(self._root, segments, 0, values)
+        node: _Node[Target] | None = self._root
+        for segment in segments:  # most often all of them are literal
+            node = node.literals.get(segment) if node else None
+        if node is None or not node.methods:
+            node = _walk(self._root, segments, 0, values)
         if node is None:
             raise NotRouted(404, "", UnknownOperation(f"nothing is served at {path!r}"))
         leaf = node.methods.get(method)
@@ -249,28 +259,23 @@ def request_bytes(message: Message, host: str, prefix: str, now: float) -> bytes
         lines.append(f"{ATTEMPT}: {message.attempt}")
     if " " in path or not path.isascii():
         raise InvalidMessage(f"the path {path!r} must be percent-encoded")
-    try:
-        _add_own(lines, headers)
-        return _head(lines, len(lines) + 1) + body
+    try:  # what framed an earlier journey is left out, where it is in lower case as we read it
+        for name, value in headers.items():
+            if name[0] != ":" and name not in _OURS:
+                lines.append(f"{_name(name)}: {value}")
     except ValueError as error:
         raise InvalidMessage(f"{message!r}: {error}") from None
-
-
-def _add_own(lines: list[str], headers: dict[str, str]) -> None:
-    """The sender's own headers. What framed an earlier journey is left out, where it is in lower case as we read it."""
-    for name, value in headers.items():
-        if name[0] != ":" and name not in _OURS:
-            if name not in _KNOWN_NAMES and (not _TOKEN.fullmatch(name) or name.lower() in _OURS):
-                raise ValueError(f"the header {name!r} cannot stand in HTTP: its name is malformed or reserved")
-            lines.append(f"{name}: {value}")
-
-
-def _head(lines: list[str], count: int) -> bytes:
-    """The lines as a head of `count` lines: one look at the whole shows every line break that came in by a value."""
     head = "\r\n".join(lines)
-    if head.count("\n") != count - 1 or head.count("\r") != count - 1 or "\0" in head:
-        raise ValueError("a header holds a line break, which cannot stand in HTTP")
-    return f"{head}\r\n\r\n".encode()
+    # one look at the whole shows every line break that came in by a value
+    if head.count("\n") != len(lines) or head.count("\r") != len(lines) or "\0" in head:
+        raise InvalidMessage(f"{message!r}: a header holds a line break, which cannot stand in HTTP")
+    return f"{head}\r\n\r\n".encode() + body
+
+
+def _name(name: str) -> str:
+    if name not in _KNOWN_NAMES and (not _TOKEN.fullmatch(name) or name.lower() in _OURS):
+        raise ValueError(f"the header {name!r} cannot stand in HTTP: its name is malformed or reserved")
+    return name
 
 
 _BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
@@ -300,6 +305,20 @@ def add_header(headers: dict[str, str], raw_name: bytes, raw_value: bytes) -> No
     if name in headers:  # RFC 9110, section 5.3; cookies are the exception
         value = headers[name] + ("; " if name == "cookie" else ", ") + value
     headers[name] = value
+
+
+def read_headers(lines: Lines) -> dict[str, str]:
+    """Names in lower case; what stands twice is joined by commas."""
+    try:
+        headers = {_NAME_OF[name]: value.decode() for name, value in lines}
+        if len(headers) == len(lines):
+            return headers
+    except (KeyError, UnicodeDecodeError):
+        pass
+    headers = {}  # one is twice there, or of the user's own
+    for name, value in lines:
+        add_header(headers, name, value)
+    return headers
 
 
 def read_request(channel: Channel, headers: dict[str, str], body: bytes, now: float) -> Message:
@@ -344,62 +363,69 @@ class Response(Struct):
     keep_alive: bool = True
 
 
-def response_bytes(reply: Message | None, date: str, close: bool, head_only: bool = False) -> bytes:
+ResponseParts: TypeAlias = tuple[int, Lines, bytes]
+"""Status, header lines and body, as an ASGI server takes them; it drops the body of the answer to a HEAD."""
+
+
+def response_parts(reply: Message | None) -> ResponseParts:
     """The response of a delivery that is done. Raises ValueError where the reply cannot stand in HTTP."""
     if reply is None:
-        return _response(204, [], b"", date, close, head_only)
-    headers = reply.headers
+        return 204, [], b""
+    headers, body = reply.headers, reply.body
     said = headers.get(":status")
     if said is not None:
         status = int(said)
+        if not 200 <= status <= 599:
+            raise ValueError(f"{status} is no status of a final response: from 200 to 599")
     elif reply.status:
         status = BY_CODE[reply.status].http_status if reply.status in BY_CODE else 500
     else:
-        status = 200 if reply.body else 204
-    lines = [f"content-type: {reply.media_type}"] if reply.media_type and status not in _NO_BODY else []
-    for field, name in _REPLY_FIELDS:
-        value = getattr(reply, field)
-        if value:
-            lines.append(f"{name}: {value}")
-    _add_own(lines, headers)
-    return _response(status, lines, reply.body, date, close, head_only)
+        status = 200 if body else 204
+    lines: Lines = []
+    if status in _NO_BODY:
+        body = b""
+    else:
+        lines.append((b"content-length", b"%d" % len(body)))
+        if reply.media_type:
+            lines.append((b"content-type", _value(reply.media_type)))
+    for name, text in zip(_REPLY_NAMES, _reply_fields(reply), strict=True):
+        if text:
+            lines.append((name, _value(text)))
+    for own, text in headers.items():
+        if own[0] != ":" and own not in _OURS:
+            lines.append((_name(own).encode(), _value(text)))
+    return status, lines, body
 
 
-def problem_bytes(error: CallError, status: int, line: str, date: str, close: bool, head_only: bool = False) -> bytes:
-    """A failure as application/problem+json (RFC 9457); `status` is 0 or not the error's own, `line` a header."""
+def problem_parts(error: CallError, status: int = 0, *more: tuple[bytes, bytes]) -> ResponseParts:
+    """A failure as application/problem+json (RFC 9457); `status` is 0 or not the error's own."""
     body = to_problem(error)
     if status and status != error.http_status:
         body = body.replace(b'"status":%d' % error.http_status, b'"status":%d' % status, 1)
-    status = status or error.http_status
-    ours = [f"content-type: {PROBLEM_MEDIA_TYPE}", f"{_STATUS}: {error.code}", *([line] if line else [])]
-    return _response(status, ours, body, date, close, head_only)
+    lines: Lines = [
+        (b"content-length", b"%d" % len(body)),
+        (b"content-type", PROBLEM_MEDIA_TYPE.encode()),
+        (_STATUS.encode(), error.code.encode()),
+        *more,
+    ]
+    return status or error.http_status, lines, body
 
 
 _NO_BODY = frozenset({204, 304})
-_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}" for status in HTTPStatus}
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
-def _response(status: int, lines: list[str], body: bytes, date: str, close: bool, head_only: bool) -> bytes:
-    if not 200 <= status <= 599:
-        raise ValueError(f"{status} is no status of a final response: from 200 to 599")
-    if status not in _NO_BODY:
-        lines.append(f"content-length: {len(body)}")
-        if head_only:
-            body = b""
-    else:
-        body = b""
-    lines.append(f"date: {date}")
-    if close:
-        lines.append("connection: close")
-    lines.insert(0, _STATUS_LINES.get(status) or f"HTTP/1.1 {status} ")
-    return _head(lines, len(lines)) + body
+def _value(text: str) -> bytes:
+    if not text.isprintable() and _CONTROL.search(text):
+        raise ValueError("a header holds a line break or another control character, which cannot stand in HTTP")
+    return text.encode()
 
 
 def read_response(response: Response, request: Message) -> Message:
     """The reply Message. A failure's code is the server's own word, else what FOREIGN says of the HTTP status."""
     headers = response.headers
     status = headers.get(_STATUS, "")
-    if not status and response.status >= 400:
+    if not status and response.status >= 300:
         status = FOREIGN.get(response.status, "remote")
     headers[":status"] = str(response.status)
     media_type = headers.get("content-type", "")
