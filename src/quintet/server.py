@@ -301,13 +301,12 @@ class Running:
 
     async def stop(self) -> None:
         """Takes no more, lets what is in work end within the service's grace, and frees what it held."""
-        self._watch.tell("draining", self.service.name)
+        if self._servings:
+            self._watch.tell("draining", self.service.name)
         if self._pending:
             self._pending.drain()
-        stopping = [asyncio.ensure_future(serving.stop()) for serving in self._servings]
-        late = (
-            (await asyncio.wait(stopping, timeout=self.service.grace))[1] if stopping else set[asyncio.Future[None]]()
-        )
+        stopping = {asyncio.ensure_future(serving.stop()) for serving in self._servings}
+        late = (await asyncio.wait(stopping, timeout=self.service.grace))[1] if stopping else stopping
         for stop in late:
             stop.cancel()  # and with it the work that it waits for
         if late:
@@ -317,7 +316,8 @@ class Running:
                 log.error("%s: a channel did not stop cleanly", self.service.name, exc_info=outcome)
         self._servings.clear()
         await self._stack.aclose()
-        self.service.running = None
+        if self.service.running is self:  # and not another, that this one could not start beside
+            self.service.running = None
 
     def _check_handlers(self) -> None:
         service = self.service

@@ -621,6 +621,19 @@ def test_a_missing_handler_is_refused_at_start_up() -> None:
     run(main)
 
 
+def test_a_second_start_in_this_process_is_refused_and_leaves_the_first_running() -> None:
+    async def main() -> None:
+        service = trips()
+        async with serve(service, at="memory://first"), connect(Trips, "memory://first") as client:
+            with pytest.raises(ConfigurationError, match="trips is running already in this process"):
+                async with serve(service, at="memory://second"):
+                    pass
+            await service.publish(Trips.created, TRIP)
+            assert await client.create(TRIP) == TRIP
+
+    run(main)
+
+
 def test_a_used_service_without_an_address_is_refused_at_start_up() -> None:
     async def main() -> None:
         service = Service(name="lonely")
