@@ -256,6 +256,7 @@ class Running:
         self._recorder = recorder
         self._gate = Gate(service.concurrency)
         self._servings: list[Serving] = []
+        self._started = False
         self._outlets: dict[AnyOperation, Sender] = {}
         self._homes: dict[AnyOperation, Transport] = {}
         self._pending: PendingWork | None = None
@@ -298,10 +299,11 @@ class Running:
             await self._stack.enter_async_context(service.lifespan(service))
         for handling in service.handlings.values():
             await self._serve(handling)
+        self._started = True
 
     async def stop(self) -> None:
         """Takes no more, lets what is in work end within the service's grace, and frees what it held."""
-        if self._servings:
+        if self._started:
             self._watch.tell("draining", self.service.name)
         if self._pending:
             self._pending.drain()
