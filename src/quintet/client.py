@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
@@ -16,17 +18,30 @@ from quintet.clock import SYSTEM, Clock
 from quintet.compiler import model_of
 from quintet.context import CURRENT
 from quintet.contract import FANOUT, LONGEST_WAIT, NEEDS, Contract, Fault, Operation, Style
-from quintet.errors import CallError, CannotCarry, ConnectionLost, DeadlineExceeded, Safety
+from quintet.errors import (
+    AddressError,
+    CallError,
+    CannotCarry,
+    ConnectionLost,
+    DeadlineExceeded,
+    Safety,
+    TransportError,
+    Unavailable,
+)
 from quintet.fallback import Fallbacks, what_was_asked
 from quintet.filter import Guarded, State, client_chain
 from quintet.message import Handler, Message, new_id
 from quintet.policy import On, Policies, Policy, resolve
 from quintet.replies import Replies
+from quintet.resolver import Following, resolver_of
 from quintet.transport import Trait, Transport, open_address, parse_address
 from quintet.watch import Listener, Watch
 
+log = logging.getLogger("quintet.client")
+
 C = TypeVar("C", bound=Contract)
 
+LINGER = 60.0  # seconds that an instance which left may still end what it has in work
 _TRACE = ("traceparent", "tracestate", "baggage")  # W3C trace context, handed on to nested calls
 
 
@@ -40,7 +55,11 @@ class Carriers:
         self.watch = self.watch_of(owner)
         self._open: dict[str, Transport] = {}
         self._replies: dict[str, Replies] = {}
-        self._stack = AsyncExitStack()
+        self._stacks: dict[str, AsyncExitStack] = {}  # what closes with the transport of an address
+        self._followed: dict[str, Following | None] = {}
+        self._refresh: list[Callable[[], Awaitable[None]]] = []
+        self._refreshing = asyncio.Lock()
+        self._found: dict[str, float | None] = {}  # instances that a resolver found, and when one that left is closed
 
     def watch_of(self, owner: str) -> Watch:
         """What tells this client's or process's listener what happens in one of its services."""
@@ -50,10 +69,13 @@ class Carriers:
         """The opened transport of an address. Raises AddressError, TransportError."""
         found = self._open.get(address)
         if found is None:
+            if resolver_of(address):
+                raise AddressError(f"{address} says where to look for a service to call: nothing is served there")
             found = open_address(address, self.clock)
             await found.open()
-            self._stack.callback(self.watch.tell, "disconnected", str(found.address))
-            self._stack.push_async_callback(found.close)
+            stack = self._stacks[address] = AsyncExitStack()
+            stack.callback(self.watch.tell, "disconnected", str(found.address))
+            stack.push_async_callback(found.close)
             self._open[address] = found
             self.watch.tell("connected", str(found.address))
         return found
@@ -70,14 +92,18 @@ class Carriers:
         if found is None:
             found = self._replies[address] = Replies(transport, self.owner)
             await found.open()
-            self._stack.push_async_callback(found.close)
+            self._stacks.setdefault(address, AsyncExitStack()).push_async_callback(found.close)
         return found
 
     async def choose(self, operation: Operation[Any, Any, Any], addresses: Sequence[str]) -> Transport:
         """The first of the addresses that can carry the operation. Raises CannotCarry with what each one lacks."""
         lacking: list[str] = []
         for address in addresses:
-            transport = await self.reach(address)
+            following = await self.follow(address)
+            if following and operation.style in FANOUT:
+                lacking.append(f"{address} finds instances to call, no channel that all of them share")
+                continue
+            transport = following.model if following else await self.reach(address)
             missing = NEEDS[operation.style] - transport.traits
             if not missing:
                 return transport
@@ -86,15 +112,63 @@ class Carriers:
             f"{operation!r} ({operation.style.value}) cannot be carried: {'; '.join(lacking) or 'no address was given'}"
         )
 
-    async def instances(self, operation: Operation[Any, Any, Any], addresses: Sequence[str]) -> list[Transport]:
-        """The chosen transport, and those at the other addresses of its scheme: instances of one service."""
+    async def instances(
+        self, operation: Operation[Any, Any, Any], addresses: Sequence[str]
+    ) -> tuple[Transport, list[Transport]]:
+        """The chosen transport, and all that are like it: instances of a service (none where a resolver finds none)."""
         chosen = await self.choose(operation, addresses)
-        same = [address for address in addresses if parse_address(address).scheme == chosen.address.scheme]
-        found = [await self.reach(address) for address in same]
-        return [transport for transport in found if not NEEDS[operation.style] - transport.traits]
+        found: dict[str, Transport] = {}
+        for address in addresses:
+            following = await self.follow(address)
+            for instance in following.addresses if following else [address]:
+                if parse_address(instance).scheme == chosen.address.scheme:
+                    try:
+                        found[instance] = await self.reach(instance)
+                        if following:
+                            self._found[instance] = None
+                    except TransportError as error:
+                        if not following:
+                            raise
+                        log.warning("%s: %s cannot be reached: %s", address, instance, error)
+        return chosen, [transport for transport in found.values() if transport.traits == chosen.traits]
+
+    async def follow(self, address: str) -> Following | None:
+        """What follows the instances behind an address; None where it is an instance's own. Raises AddressError."""
+        if address not in self._followed:
+            resolver = resolver_of(address)
+            following = self._followed[address] = Following(resolver, self.clock, self._renew) if resolver else None
+            if following:
+                await following.open()
+        return self._followed[address]
+
+    def on_change(self, refresh: Callable[[], Awaitable[None]]) -> None:
+        """Calls back when the instances behind an address are others than before."""
+        self._refresh.append(refresh)
+
+    async def _renew(self) -> None:
+        """Has all clients take in the instances that came, and closes those that left some time ago."""
+        async with self._refreshing:
+            for refresh in self._refresh:
+                await refresh()
+            there = {one for following in self._followed.values() if following for one in following.addresses}
+            now = self.clock.now()
+            for address, until in list(self._found.items()):
+                if address in there or address in self._followed:
+                    continue
+                if until is None:
+                    self._found[address] = now + LINGER
+                elif until <= now:
+                    del self._found[address], self._open[address]
+                    self._replies.pop(address, None)
+                    await self._stacks.pop(address).aclose()
 
     async def close(self) -> None:
-        await self._stack.aclose()
+        for following in self._followed.values():
+            if following:
+                await following.close()
+        async with AsyncExitStack() as stack:
+            for one in self._stacks.values():
+                stack.push_async_callback(one.aclose)
 
 
 class Sender:
@@ -115,13 +189,24 @@ class Sender:
         self._sender = sender
         self.clock = guarded.clock
         self._guarded = guarded
-        self._exchanges = [_raising(exchange, bound) for exchange in exchanges]
-        self.guard(guarded.policy)
+        self.reach(exchanges)
+
+    @property
+    def instances(self) -> tuple[str, ...]:
+        """The addresses that it is sent to, one for each message, where there are several."""
+        return self._guarded.instances
+
+    def reach(self, exchanges: Sequence[Handler], instances: Sequence[str] = ()) -> None:
+        """Sends to others from the next message on. What filters remember of those that stay stays."""
+        self._exchanges = [_raising(exchange, self.bound) for exchange in exchanges]
+        self._guarded = structs.replace(self._guarded, instances=tuple(instances))
+        self.guard(self._guarded.policy)
 
     def guard(self, policy: Policy) -> None:
         """Puts a policy in force from the next message on. What filters remember stays."""
         self.patience = policy.timeout or 1.0  # beside the wait that a pending answer's request asks for
-        self.send = client_chain(structs.replace(self._guarded, policy=policy), self._exchanges)
+        self._guarded = structs.replace(self._guarded, policy=policy)
+        self.send = client_chain(self._guarded, self._exchanges)
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options = DEFAULTS) -> Message:
         """The call as a message. Raises TypeError for arguments that are not the operation's."""
@@ -184,9 +269,13 @@ class Line:
         self._guarded = guarded
         self._fallbacks: Fallbacks | None = None
 
+    @property
+    def senders(self) -> Sequence[Sender]:
+        return (self.sender, *(self._companions or ()))
+
     def guard(self, on: On) -> None:
         """Puts a policy and its fallbacks in force from the next call on."""
-        for sender in (self.sender, *(self._companions or ())):
+        for sender in self.senders:
             sender.guard(on.policy)
         guarded = structs.replace(self._guarded, policy=on.policy)
         self._fallbacks = Fallbacks(guarded, on.fallback, self._read) if on.fallback else None
@@ -294,30 +383,48 @@ async def plug(
     lines: dict[str, Line] = {}
     watch = carriers.watch_of(name)
 
-    async def sender(guarded: Guarded, transports: Sequence[Transport]) -> Sender:
-        operation = guarded.operation
-        bound = bind(transports[0].binding, operation, format_name)
-        waits = operation.style is Style.REQUEST
+    async def sender(guarded: Guarded, binding: str, transports: Sequence[Transport]) -> Sender:
+        made = Sender(guarded.operation, bind(binding, guarded.operation, format_name), [_nobody], guarded, name)
+        await point(made, transports)
+        return made
+
+    async def point(sender: Sender, transports: Sequence[Transport]) -> None:
+        waits = sender.operation.style is Style.REQUEST
         exchanges = [await carriers.exchange(transport) if waits else transport.send for transport in transports]
-        return Sender(operation, bound, exchanges, guarded, name)
+        sender.reach(exchanges or [_nobody], [transport.address.text for transport in transports])
+
+    async def refresh() -> None:
+        for line in lines.values():
+            _, transports = await carriers.instances(line.sender.operation, addresses)
+            if line.sender.instances != tuple(transport.address.text for transport in transports):
+                for sender in line.senders:
+                    await point(sender, transports)
 
     for attribute, operation in contract.__quintet__.operations.items():
         if operation.style in FANOUT:
             continue  # only the contract's own service publishes and asks
-        instances = await carriers.instances(operation, addresses)
+        chosen, instances = await carriers.instances(operation, addresses)
         companions = None
         call: type[Call[Any, Any]] = Call
-        where = " or ".join(str(transport.address) for transport in instances)
+        where = " or ".join(str(transport.address) for transport in instances or [chosen])
         guarded = Guarded(operation, policy[attribute].policy, carriers.clock, service, where=where, watch=watch)
         if operation.style is Style.ASYNC_REQUEST:
             collect, withdraw = (
                 structs.replace(guarded, operation=other, own=State()) for other in operation.companions
             )
-            companions = (await sender(collect, instances), await sender(withdraw, instances))
+            companions = (
+                await sender(collect, chosen.binding, instances),
+                await sender(withdraw, chosen.binding, instances),
+            )
             call = PendingCall
-        lines[attribute] = Line(await sender(guarded, instances), lines, companions, guarded)
+        lines[attribute] = Line(await sender(guarded, chosen.binding, instances), lines, companions, guarded)
         lines[attribute].guard(policy[attribute])
         client.__dict__[attribute] = call(lines[attribute])
+    carriers.on_change(refresh)
+
+
+async def _nobody(message: Message) -> Message | None:
+    raise Unavailable(f"{message.operation}: not sent, no instance of its service is known at the moment")
 
 
 def set_policy(client: Contract, policy: Policies) -> None:

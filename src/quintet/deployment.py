@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from quintet.errors import AddressError, ConfigurationError
 from quintet.format import format_named
+from quintet.resolver import resolver_of
 from quintet.transport import open_address, parse_address
 
 FILE = "quintet.toml"
@@ -129,7 +130,10 @@ class _Table:
         found = tuple(self._string(key, text) for text in ([value] if isinstance(value, str) else value))
         for text in found:
             try:
-                open_address(text)  # only taken apart and checked, not opened
+                if not resolver_of(text):
+                    open_address(text)  # only taken apart and checked, not opened
+                elif key == "at":
+                    raise AddressError(f"{text} says where to look for a service to call: nothing is served there")  # noqa: TRY301
             except AddressError as error:
                 raise ConfigurationError(f"{self._place}: {key}: {error}") from None
         return found

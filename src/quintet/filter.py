@@ -47,7 +47,8 @@ class Guarded(Struct, frozen=True):
     """What a filter is built for: one operation, on the side of its caller or of its service.
 
     `shared` is the state of the whole remote service as one client sees it (of the own service, on its side),
-    `own` that of this operation alone. `where`: the addresses it is reached at, for who reads an error. `watch` is told
+    `own` that of this operation alone. `where`: the addresses it is reached at, for who reads an error.
+    `instances`: the address behind each of the exchanges, where there are several. `watch` is told
     what happens.
     """
 
@@ -57,6 +58,7 @@ class Guarded(Struct, frozen=True):
     shared: State = field(default_factory=State)
     own: State = field(default_factory=State)
     where: str = ""
+    instances: tuple[str, ...] = ()
     watch: Watch = field(default_factory=Watch)
 
     @property

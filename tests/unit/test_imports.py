@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "core": {"core", "wire"},  # what is in the folders it loads by name
     "formats": {"core", "wire"},
     "filters": {"core"},
+    "resolvers": {"core"},
     "bindings": {"core", "wire"},
     "transports": {"core", "wire"},
     "idls": {"core", "wire"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from quintet.clock import Clock
 from quintet.filter import Guarded
@@ -33,20 +33,29 @@ class Instance:
 class Balancer:
     """Power of two choices: of two by chance the one with fewer outstanding requests; at most half are ejected."""
 
-    def __init__(self, clock: Clock, count: int) -> None:
+    def __init__(self, clock: Clock, count: int = 0) -> None:
         self.instances = [Instance() for _ in range(count)]
+        self._names: Sequence[Hashable] = range(count)
         self._clock = clock
 
     def __repr__(self) -> str:
         return f"<balancer of {self.instances}>"
 
-    def choose(self) -> int:
+    def among(self, names: Sequence[Hashable]) -> list[Instance]:
+        """The instances of these names from now on; what is known of those that stay is not forgotten."""
+        known = dict(zip(self._names, self.instances, strict=True))
+        self._names, self.instances = names, [known.get(name) or Instance() for name in names]
+        return self.instances
+
+    def choose(self, instances: Sequence[Instance]) -> int:
+        """The index of the instance that the next attempt goes to."""
         now, chance = self._clock.now(), self._clock.random
-        able = [index for index, instance in enumerate(self.instances) if instance.back_at <= now]
+        able = [index for index, instance in enumerate(instances) if instance.back_at <= now]
+        able = able or list(range(len(instances)))  # those that were not ejected have left
         if len(able) == 1:
             return able[0]
         one, other = chance.sample(able, 2)
-        return min(one, other, key=lambda index: self.instances[index].outstanding)
+        return min(one, other, key=lambda index: instances[index].outstanding)
 
     def settle(self, instance: Instance, outcome: int) -> None:
         """Takes in how an attempt with the instance ended."""
@@ -63,11 +72,12 @@ class Balancer:
 
 def balance(guarded: Guarded, handlers: Sequence[Handler]) -> Handler:
     """One handler out of those of all instances."""
-    balancer = guarded.own.of(Balancer, lambda: Balancer(guarded.clock, len(handlers)))
+    balancer = guarded.own.of(Balancer, lambda: Balancer(guarded.clock))
+    instances = balancer.among(guarded.instances or range(len(handlers)))
 
     async def balanced(message: Message) -> Message | None:
-        index = balancer.choose()
-        instance = balancer.instances[index]
+        index = balancer.choose(instances)
+        instance = instances[index]
         instance.outstanding += 1
         try:
             reply = await handlers[index](message)
