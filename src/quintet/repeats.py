@@ -12,6 +12,7 @@ from quintet.binding import Bound
 from quintet.context import CURRENT
 from quintet.contract import Operation
 from quintet.errors import DeadlineExceeded, QuintetError
+from quintet.message import Message
 from quintet.store import Conflict, SeenStore, UnitOfWork
 
 Function: TypeAlias = Callable[..., Awaitable[Any]]
@@ -31,14 +32,33 @@ def once(
     name = f"{group}/{operation.channel.name}/"
     safe = operation.http.route.startswith("GET ")
 
+    async def work(message: Message, key: str, args: Any, kwargs: Any) -> Any:
+        """The function's value, called anew where others changed what it had read; kept under the key if it has one."""
+        current = CURRENT.get()
+        async with AsyncExitStack() as turn:
+            for attempt in range(TRIES):
+                if attempt == PATIENCE:
+                    await turn.enter_async_context(store.turn)
+                elif attempt < PATIENCE and store.turn.locked():
+                    async with store.turn:  # let those go first who were overtaken again and again
+                        pass
+                current._store = unit = UnitOfWork(store, reads_only=safe)
+                try:
+                    value = await function(*args, **kwargs)
+                    handled = await store.finish(key, inside.reply(message, value), unit.steps) if key else None
+                except Conflict:
+                    continue
+                finally:
+                    unit.ended = True
+                return value if handled is None else inside.result(handled.reply)
+        raise QuintetError(
+            f"{operation.full_name}: what it read in its store was changed by others {TRIES} times before it was done:"
+            " pass random() and times as values, and read no more than it needs"
+        )
+
     @wraps(function)
     async def look(*args: Any, **kwargs: Any) -> Any:
-        current = CURRENT.get()
-        current._store = unit = UnitOfWork(store, reads_only=True)
-        try:
-            return await function(*args, **kwargs)
-        finally:
-            unit.ended = True
+        return await work(CURRENT.get()._message, "", args, kwargs)
 
     @wraps(function)
     async def handle(*args: Any, **kwargs: Any) -> Any:
@@ -52,29 +72,9 @@ def once(
         if handled is not None:
             return inside.result(handled.reply)
         try:
-            async with AsyncExitStack() as turn:
-                for attempt in range(TRIES):
-                    if attempt == PATIENCE:
-                        await turn.enter_async_context(store.turn)
-                    elif attempt < PATIENCE and store.turn.locked():
-                        async with store.turn:  # let those go first who were overtaken again and again
-                            pass
-                    current._store = unit = UnitOfWork(store)
-                    try:
-                        value = await function(*args, **kwargs)
-                        handled = await store.finish(key, inside.reply(message, value), unit.steps)
-                    except Conflict:
-                        continue
-                    finally:
-                        unit.ended = True
-                    return value if handled is None else inside.result(handled.reply)
+            return await work(message, key, args, kwargs)
         except BaseException:
             store.release(key)
             raise
-        store.release(key)
-        raise QuintetError(
-            f"{operation.full_name}: what it read in its store was changed by others {TRIES} times before it could"
-            " write: pass random() and times as values, and read no more than it needs"
-        )
 
     return look if safe else handle

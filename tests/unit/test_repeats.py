@@ -284,6 +284,26 @@ async def test_a_get_reads_the_store_is_not_kept_and_changes_nothing(store: Stor
         assert await say(client.total, "a") == 5
 
 
+async def test_a_get_whose_tables_are_changed_while_it_reads_begins_anew(store: Store) -> None:
+    reading, written = asyncio.Event(), asyncio.Event()
+    totals: list[int] = []
+
+    async def total() -> int:
+        totals.append(await balance())
+        reading.set()
+        await written.wait()
+        assert await balance() == totals[-1]
+        return totals[-1]
+
+    async with serve(orders(store, total=total), at="memory://"), connect(Orders, "memory://") as client:
+        asked = asyncio.create_task(client.total())
+        await reading.wait()
+        await client.place("o-1", 5)
+        written.set()
+        assert await asked == 5
+    assert totals == [0, 5]
+
+
 async def test_a_get_that_writes_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     async def total() -> int:
         await current().store.execute("INSERT INTO ledger VALUES ('o-1', 5)")
