@@ -20,7 +20,7 @@ from pathlib import Path
 from store.chart import Panel, svg
 from store.front import RATE, THREADS, Front, in_threads, visitors
 from store.page import PATIENCE, Addresses, guarded, guarded_threads, naive
-from store.stage import START_LIMIT, console, deployment, play, promise, tell
+from store.stage import START_LIMIT, console, deployment, meanwhile, play, promise, tell
 
 from quintet.supervisor import Process, running
 
@@ -156,8 +156,7 @@ async def show(drawing: Path) -> None:
             front.open(compose, start)
         console.print(f"{RATE} visitors come to each every second, and wait for {PATIENCE:g} s at most.\n")
         heading(fronts)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(visitors(fronts, CALM + HUNG + AFTER))
+        async with meanwhile(visitors(fronts, CALM + HUNG + AFTER)):
             await follow(fronts, range(1, CALM + 1))
             with hanging(processes["recommendation"]):
                 hangs = fronts[0].now()

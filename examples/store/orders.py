@@ -12,9 +12,9 @@ import time
 from contextlib import suppress
 
 from store.contracts import Fulfilment, Shop, Warehouse
-from store.stage import START_LIMIT, console, deployment, play, promise, tell
+from store.stage import START_LIMIT, console, deployment, meanwhile, play, promise, tell
 
-from quintet import CallError, Policy, connect
+from quintet import CallError, DeadlineExceeded, Policy, Unavailable, connect
 from quintet.record import read
 from quintet.supervisor import Process, State, running
 
@@ -57,7 +57,7 @@ class Yard:
 
     async def look(self) -> Warehouse:
         if self.process.state is State.READY:
-            with suppress(CallError):  # it may die just now
+            with suppress(DeadlineExceeded, Unavailable):  # it may die just now
                 self.seen = await self._fulfilment.warehouse(PRODUCT)
         return self.seen
 
@@ -132,8 +132,7 @@ async def show() -> None:
         before = await day.yard.look()
         console.print(f"{RATE} customers order every second; each {EVERY}th clicks twice.\n")
         console.print(f"{'':9}accepted  slowest  parcels  waiting  Fulfilment", style="dim")
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(day.customers(CALM + AWAY + AFTER))
+        async with meanwhile(day.customers(CALM + AWAY + AFTER)):
             await day.follow(CALM)
             process.kill()
             await process.stop()  # it would be started again

@@ -4,8 +4,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Coroutine
-from contextlib import chdir
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import asynccontextmanager, chdir
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,6 +44,17 @@ def deployment(file: str) -> Deployment:
     found = read_deployment(HERE / file).services
     services = {name: structs.replace(one, env={**one.env, "PYTHONPATH": path}) for name, one in found.items()}
     return Deployment(services, Path.cwd())
+
+
+@asynccontextmanager
+async def meanwhile(work: Coroutine[Any, Any, None]) -> AsyncGenerator[None]:
+    """Does the work beside what stands in the block, and waits for its end, unless the block fails."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+        await task
+    finally:
+        task.cancel()
 
 
 def play(name: str, show: Coroutine[Any, Any, None]) -> int:
