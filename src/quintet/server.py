@@ -256,7 +256,7 @@ class Running:
         self._recorder = recorder
         self._gate = Gate(service.concurrency)
         self._servings: list[Serving] = []
-        self._started = False
+        self.ready = False  # all that it needs stands: from now on it drains before it ends
         self._outlets: dict[AnyOperation, Sender] = {}
         self._homes: dict[AnyOperation, Transport] = {}
         self._pending: PendingWork | None = None
@@ -299,18 +299,20 @@ class Running:
             await self._stack.enter_async_context(service.lifespan(service))
         for handling in service.handlings.values():
             await self._serve(handling)
-        self._started = True
 
     async def stop(self) -> None:
         """Takes no more, lets what is in work end within the service's grace, and frees what it held."""
-        if self._started:
+        if self.ready:
             self._watch.tell("draining", self.service.name)
         if self._pending:
             self._pending.drain()
         stopping = {asyncio.ensure_future(serving.stop()) for serving in self._servings}
-        late = (await asyncio.wait(stopping, timeout=self.service.grace))[1] if stopping else stopping
-        for stop in late:
-            stop.cancel()  # and with it the work that it waits for
+        late = stopping
+        try:
+            late = (await asyncio.wait(stopping, timeout=self.service.grace))[1] if stopping else stopping
+        finally:
+            for stop in late:
+                stop.cancel()  # and with it the work that it waits for
         if late:
             log.warning("%s: what was in work after %g s was cancelled", self.service.name, self.service.grace)
         for outcome in await asyncio.gather(*stopping, return_exceptions=True):
@@ -607,11 +609,13 @@ async def serve(
         recorder = Recorder(record) if record else None
         if recorder:
             stack.callback(recorder.close)
-        for service in services:
-            running = Running(service, addresses, connect or {}, format, carriers, recorder)
+        started = [Running(service, addresses, connect or {}, format, carriers, recorder) for service in services]
+        for running in started:
             stack.push_async_callback(running.stop)
             await running.start()
         served = [await carriers.reach(address) for address in addresses]
         for transport in served:
             await transport.ready()
+        for running in started:
+            running.ready = True
         yield [str(transport.address) for transport in served]

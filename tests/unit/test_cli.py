@@ -635,12 +635,12 @@ def test_up_brings_back_what_is_killed_and_stops_all_in_reverse_order(folder: Pa
         up.line("passengers is ready (2 of 2)")
         os.killpg(up.process.pid, signal.SIGINT)  # as a Ctrl-C in the terminal, which all of its processes get
         assert up.end() == 0, up.seen
-    ends = [line for line in up.seen if re.search(r"stopping (another|passengers)|draining|at once", line)]
+    ends = [line for line in up.seen if re.search(r"stopping (another|passengers)|draining: \w+|at once", line)]
     assert [" ".join(line.split()[-2:]) for line in ends] == [
         "stopping another",
-        "draining another",
+        "draining: another",
         "stopping passengers",
-        "draining passengers",
+        "draining: passengers",
     ]
 
 
