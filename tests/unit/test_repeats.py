@@ -18,6 +18,7 @@ from orders_contract import SCHEMA, Orders, Receipt, SoldOut
 from quintet import (
     AddressError,
     ConfigurationError,
+    Policy,
     QuintetError,
     Redelivery,
     RemoteError,
