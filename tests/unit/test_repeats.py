@@ -273,7 +273,10 @@ async def test_what_is_read_and_written_at_once_by_many_handlers_adds_up(store: 
         await current().store.execute("INSERT INTO ledger VALUES (?, ?)", order_id, last + amount)
         return Receipt(order_id, last + amount)
 
-    async with serve(orders(store, handle), at="memory://"), connect(Orders, "memory://") as client:
+    async with (
+        serve(orders(store, handle), at="memory://"),
+        connect(Orders, "memory://", policy=Policy(timeout=30)) as client,
+    ):
         replies = await asyncio.gather(*(client.place(f"o-{n}", 1) for n in range(100)))
         assert sorted(reply.total for reply in replies) == list(range(1, 101))
 
