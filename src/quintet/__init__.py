@@ -61,7 +61,7 @@ from quintet.model import (
     UInt32,
     UInt64,
 )
-from quintet.policy import Breaker, Bulkhead, Hedge, Injection, Policy, Rate, Retry, on, stale
+from quintet.policy import Breaker, Bulkhead, Hedge, Injection, Policies, Policy, Rate, Retry, on, stale
 from quintet.server import Service, serve
 from quintet.store import Store, UnitOfWork
 from quintet.watch import Occurrence
@@ -100,6 +100,7 @@ __all__ = [
     "InvalidMessage",
     "LimitReached",
     "Link",
+    "Listener",
     "NotAcceptable",
     "Number",
     "Occurrence",
@@ -107,6 +108,7 @@ __all__ = [
     "Overloaded",
     "Pending",
     "PendingCall",
+    "Policies",
     "Policy",
     "QuintetError",
     "Rate",
