@@ -52,7 +52,6 @@ class Carriers:
         self.owner = owner
         self.clock = clock
         self.listener = listener
-        self.watch = self.watch_of(owner)
         self._open: dict[str, Transport] = {}
         self._replies: dict[str, Replies] = {}
         self._stacks: dict[str, AsyncExitStack] = {}  # what closes with the transport of an address
@@ -60,10 +59,14 @@ class Carriers:
         self._refresh: list[Callable[[], Awaitable[None]]] = []
         self._refreshing = asyncio.Lock()
         self._found: dict[str, float | None] = {}  # instances that a resolver found, and when one that left is closed
+        self._watches: list[Watch] = []
+        self.watch = self.watch_of(owner)
 
     def watch_of(self, owner: str) -> Watch:
         """What tells this client's or process's listener what happens in one of its services."""
-        return Watch(owner, self.listener, self.clock)
+        found = Watch(owner, self.listener, self.clock)
+        self._watches.append(found)
+        return found
 
     async def reach(self, address: str) -> Transport:
         """The opened transport of an address. Raises AddressError, TransportError."""
@@ -79,6 +82,9 @@ class Carriers:
             self._open[address] = found
             self.watch.tell("connected", str(found.address))
         return found
+
+    def opened(self) -> list[Transport]:
+        return list(self._open.values())
 
     async def exchange(self, transport: Transport) -> Handler:
         """Sends a request over the transport and brings its reply."""
@@ -163,6 +169,8 @@ class Carriers:
                     await self._stacks.pop(address).aclose()
 
     async def close(self) -> None:
+        for watch in self._watches:
+            watch.ended = True
         for following in self._followed.values():
             if following:
                 await following.close()

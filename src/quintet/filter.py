@@ -96,7 +96,7 @@ def server_chain(guarded: Guarded, handler: Handler) -> Handler:
 
 def _enter(guarded: Guarded) -> None:
     meter = guarded.meter
-    meter.operation, meter.policy, meter.owner = guarded.operation, guarded.policy, guarded.watch.owner
+    meter.operation, meter.policy, meter.watch = guarded.operation, guarded.policy, guarded.watch
 
 
 @cache

@@ -14,6 +14,7 @@ from quintet.contract import Operation
 from quintet.message import Handler
 from quintet.outcome import OUTCOMES
 from quintet.policy import Breaker, Policy
+from quintet.watch import Watch
 
 BOUNDS = [round(mantissa * 10.0**power, 5) for power in (-4, -3, -2, -1) for mantissa in range(10, 100)] + [10.0]
 """Upper ends of the buckets in seconds: two significant digits from 1 ms to 10 s, as HdrHistogram has them."""
@@ -87,7 +88,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.operation: Operation[..., object, object]
-        self.owner = ""  # the service or client that calls or handles
+        self.watch = Watch()
         self.policy = Policy()
         self.circuit: ShownCircuit | None = None
         self.outstanding: ShownOutstanding | None = None
@@ -96,16 +97,27 @@ class Meter:
         self.totals = [0] * len(OUTCOMES)  # on the service's side: how handling ended, as in OUTCOMES
         self.latencies = Latencies()
 
+    @property
+    def owner(self) -> str:
+        """The service or client that calls or handles."""
+        return self.watch.owner
+
+    @property
+    def contract(self) -> str:
+        """The name of the operation's contract; a guarded function has none, and stands for itself."""
+        info = getattr(self.operation.contract, "__quintet__", None)
+        return info.name if info else self.operation.full_name
+
     def __repr__(self) -> str:
         return f"<meter of {self.operation.full_name} in {self.owner or '?'}>"
 
 
 CLIENTS: WeakKeyDictionary[Handler, Meter] = WeakKeyDictionary()
 SERVERS: WeakKeyDictionary[Handler, Meter] = WeakKeyDictionary()
-"""All chains of filters in this process, as long as somebody holds them: one registry a process."""
+"""All chains of filters in this process, until they are closed or forgotten: one registry a process."""
 
 
 def meters(chains: WeakKeyDictionary[Handler, Meter]) -> list[Meter]:
-    """Those that are alive; other threads may add some meanwhile."""
-    found = [(ref(), chains) for ref in chains.keyrefs()]
-    return [chains[handler] for handler, _ in found if handler is not None]
+    """Those that stand; other threads may add some meanwhile."""
+    found = [chains[handler] for ref in chains.keyrefs() if (handler := ref()) is not None]
+    return [meter for meter in dict.fromkeys(found) if not meter.watch.ended]  # a chain built anew keeps its meter

@@ -35,12 +35,13 @@ from quintet.errors import (
 from quintet.filter import Guarded, State, server_chain
 from quintet.gate import Gate
 from quintet.message import Channel, Handler, Message, new_id
+from quintet.observe import Observer
 from quintet.pending import PendingWork, StillPending
 from quintet.policy import DEFAULT, Bulkhead, Policies, Policy
 from quintet.record import Exchange, Recorder
 from quintet.repeats import once
 from quintet.store import SeenStore, Store, open_seen, open_store
-from quintet.transport import DONE, Dead, Done, Receive, Serving, Trait, Transport, Verdict
+from quintet.transport import DONE, Dead, Done, Receive, Serving, Showing, Trait, Transport, Verdict
 from quintet.watch import Listener
 
 log = logging.getLogger("quintet.service")
@@ -592,6 +593,7 @@ async def serve(
     connect: Connections | None = None,
     format: str = "json",  # noqa: A002 - the word users know
     record: str = "",
+    observe: str = "",
     listener: Listener | None = None,
     clock: Clock = SYSTEM,
 ) -> AsyncGenerator[list[str]]:
@@ -599,8 +601,9 @@ async def serve(
 
     `at`: where they are served, one address or several. `connect`: where the services are that they use, and where the
     events and surveys live that they handle, by contract or its name. `record`: a file to which each delivery is
-    written (record.py). `listener`: a function that is told what happens (watch.py). Raises ConfigurationError before
-    anything is served.
+    written (record.py). `observe`: an HTTP address for the /metrics, /hystrix.stream and /health of services that are
+    served at none; every HTTP address in `at` has them too. `listener`: a function that is told what happens
+    (watch.py). Raises ConfigurationError before anything is served.
     """
     carriers = Carriers("+".join(service.name for service in services), clock, listener)
     addresses = [at] if isinstance(at, str) else list(at)
@@ -609,12 +612,22 @@ async def serve(
         recorder = Recorder(record) if record else None
         if recorder:
             stack.callback(recorder.close)
+        seen = [await carriers.reach(observe)] if observe else []
+        if not all(isinstance(transport, Showing) for transport in seen):
+            raise ConfigurationError(f"observe={observe!r} cannot show pages: name an http address")
         started = [Running(service, addresses, connect or {}, format, carriers, recorder) for service in services]
         for running in started:
             stack.push_async_callback(running.stop)
             await running.start()
         served = [await carriers.reach(address) for address in addresses]
-        for transport in served:
+        showing = {transport: None for transport in (*served, *seen) if isinstance(transport, Showing)}
+        if showing:
+            observer = Observer(clock, carriers.opened)
+            observer.start()
+            stack.callback(observer.stop)
+            for place in showing:
+                place.pages = observer.pages
+        for transport in dict.fromkeys((*served, *seen)):
             await transport.ready()
         for running in started:
             running.ready = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from enum import Enum
 from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -145,6 +145,25 @@ class ChannelState(Struct, kw_only=True):
     dead: int
     oldest: float | None
     """Seconds that the oldest waiting message is old."""
+
+
+class Shown(Struct, frozen=True):
+    """What is at a path: whole, or in pieces as they come (which end when the service drains)."""
+
+    body: bytes | AsyncGenerator[bytes, None]
+    media_type: str
+    status: int = 200
+
+
+Page: TypeAlias = Callable[[Mapping[str, str]], Awaitable[Shown]]
+"""What answers a GET, from the request's headers (names in lower case)."""
+
+
+@runtime_checkable
+class Showing(Protocol):
+    """A transport that shows pages beside its channels, by their paths: set before it is `ready`."""
+
+    pages: Mapping[str, Page]
 
 
 @runtime_checkable

@@ -74,6 +74,7 @@ class Watch:
             raise ConfigurationError(f"listener={listener!r} must be a plain function: it is called and not awaited")
         self.owner = owner
         self.listener = listener
+        self.ended = False  # what it watched is closed, and shown no longer
         self._clock = clock
 
     def __repr__(self) -> str:

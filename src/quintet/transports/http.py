@@ -16,7 +16,8 @@ import contextvars
 import logging
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from contextlib import aclosing
 from email.utils import formatdate
 from functools import partial
 from typing import Any, Final, cast
@@ -42,7 +43,7 @@ from quintet.errors import (
 )
 from quintet.gate import Gate
 from quintet.message import Channel, Message
-from quintet.transport import Address, Done, Receive, Serving, Trait, Transport, parse_address
+from quintet.transport import Address, Done, Page, Receive, Serving, Shown, Trait, Transport, parse_address
 from quintet.wire.http import (
     MalformedHTTP,
     NotRouted,
@@ -86,6 +87,7 @@ class Carrier(Transport):
             if not address.option(name, 1.0) > 0:
                 raise AddressError(f"{address}: option {name} must be more than 0")
         self.max_body = int(address.option("max_body", MAX_BODY))
+        self.pages: Mapping[str, Page] = {}
         self._pool = _Pool(self)
         self._server = _Server(self)
 
@@ -102,7 +104,7 @@ class Carrier(Transport):
         return self._server.add(channel, receive, limit)
 
     async def ready(self) -> None:
-        if self._server.routes and not self._server.listening:
+        if (self._server.routes or self.pages) and not self._server.listening:
             port = await self._server.listen()
             if port != self.address.port:
                 where = f":{self.address.port}" if self.address.port is not None else ""
@@ -457,6 +459,9 @@ class _Server:
             parts = problem_parts(RemoteError(FAILED))
         if parts is None:
             return
+        if isinstance(parts, Shown):
+            await self._show(parts, scope, send)
+            return
         status, lines, body = parts
         if upgrade or self.draining:
             lines.append(CLOSE)
@@ -468,7 +473,24 @@ class _Server:
         finally:
             transport.release()
 
-    async def _answer(self, scope: _Scope, headers: dict[str, str], receive: _Receive) -> ResponseParts | None:
+    async def _show(self, page: Shown, scope: _Scope, send: _Send) -> None:
+        """A page, whole or in pieces as they come, for as long as the client is there."""
+        lines = [(b"content-type", page.media_type.encode()), (b"cache-control", b"no-store")]
+        whole = page.body if isinstance(page.body, bytes) else b""
+        if isinstance(page.body, bytes):
+            lines.append((b"content-length", str(len(whole)).encode()))
+        if self.draining:
+            lines.append(CLOSE)
+        await send({"type": "http.response.start", "status": page.status, "headers": lines})
+        if not isinstance(page.body, bytes):
+            async with aclosing(page.body) as pieces:
+                async for piece in pieces:
+                    if scope["method"] == "HEAD" or scope["state"]["connection"].transport.is_closing():
+                        break
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": whole})
+
+    async def _answer(self, scope: _Scope, headers: dict[str, str], receive: _Receive) -> ResponseParts | Shown | None:
         """None where the client left before its request was whole, or before it was begun."""
         if int(headers.get("content-length", 0)) > self.max_body:
             return self._too_large(headers)
@@ -495,7 +517,8 @@ class _Server:
         try:
             route, parameters = self._router.find(method, path, headers.get("quintet-operation", ""))
         except NotRouted as no:
-            return self._unrouted(method, path, no)
+            page = self._carrier.pages.get(path) if method in {"GET", "HEAD"} else None
+            return self._unrouted(method, path, no) if page is None else await page(headers)
         if route.stopping and not self.draining:  # while all drains, what is half read still comes in
             return problem_parts(Unavailable(f"{path!r} is being stopped here; the request was not begun"))
         headers[":method"] = method
