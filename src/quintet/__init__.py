@@ -64,7 +64,7 @@ from quintet.model import (
 from quintet.policy import Breaker, Bulkhead, Hedge, Injection, Policies, Policy, Rate, Retry, on, stale
 from quintet.server import Service, serve
 from quintet.store import Store, UnitOfWork
-from quintet.watch import Occurrence
+from quintet.watch import Listener, Occurrence
 
 __all__ = [
     "AddressError",
