@@ -10,14 +10,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, ValidationError, convert, structs
 
+from quintet.contract import Contract
 from quintet.errors import AddressError, ConfigurationError
 from quintet.format import format_named
+from quintet.policy import On, Policy, on
 from quintet.resolver import resolver_of
 from quintet.transport import open_address, parse_address
 
 FILE = "quintet.toml"
+
+
+class Guarding(Struct, frozen=True):
+    """What a file says of the calls to one contract: `[service.NAME.policy.CONTRACT]`, and of single operations."""
+
+    policy: Policy = Policy()
+    operations: Mapping[str, Policy] = {}
+
+    def policies(self, contract: type[Contract]) -> list[Policy | On]:
+        """As `connect(..., policy=...)` takes them. Raises ConfigurationError for an operation that there is not."""
+        known = contract.__quintet__.operations
+        for name in self.operations:
+            if name not in known:
+                raise ConfigurationError(f"{contract.__name__} has no operation {name!r}; it has {', '.join(known)}")
+        return [self.policy, *(on(known[name], **structs.asdict(policy)) for name, policy in self.operations.items())]
 
 
 class Deployed(Struct, frozen=True, kw_only=True):
@@ -25,7 +42,7 @@ class Deployed(Struct, frozen=True, kw_only=True):
 
     `app`: "module:service". `at`: where it is served. `connect`: where the contracts are that it uses or hears, by
     their names. `record`: the file that its deliveries are written to. `env`: its environment, beside the inherited
-    one. `instances`: how many processes.
+    one. `instances`: how many processes. `policy`: of the calls to each contract that it uses, over what its code says.
     """
 
     app: str
@@ -35,6 +52,7 @@ class Deployed(Struct, frozen=True, kw_only=True):
     record: str = ""
     env: Mapping[str, str] = {}
     instances: int = 1
+    policy: Mapping[str, Guarding] = {}
 
 
 class Deployment(Struct, frozen=True):
@@ -42,6 +60,7 @@ class Deployment(Struct, frozen=True):
 
     services: dict[str, Deployed]
     folder: Path = Path()
+    file: Path | None = None
 
 
 def read_deployment(path: str | Path = FILE, environment: Mapping[str, str] = os.environ) -> Deployment:
@@ -51,11 +70,18 @@ def read_deployment(path: str | Path = FILE, environment: Mapping[str, str] = os
     """
     path = Path(path)
     try:
-        read = tomllib.loads(path.read_text())
+        text = path.read_text()
     except FileNotFoundError:
         raise ConfigurationError(f"there is no {path}: name the deployment's file, or write one") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from None
+    return parse_deployment(text, path, environment)
+
+
+def parse_deployment(text: str, path: Path, environment: Mapping[str, str] = os.environ) -> Deployment:
+    """The same of a file's text. Raises ConfigurationError."""
+    try:
+        read = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"{path} is no TOML: {error}") from None
     tables = read.pop("service", {})
@@ -66,7 +92,7 @@ def read_deployment(path: str | Path = FILE, environment: Mapping[str, str] = os
             f"{path}: no service; each stands in a table [service.NAME] with app = 'module:service'"
         )
     services = {name: _Table(f"{path}: [service.{name}]", table, environment).read() for name, table in tables.items()}
-    return Deployment(services, path.resolve().parent)
+    return Deployment(services, path.resolve().parent, path.resolve())
 
 
 class _Table:
@@ -94,6 +120,7 @@ class _Table:
             record=self._string("record", self._table.get("record", "")),
             env={name: self._string(f"env.{name}", value) for name, value in self._subtable("env").items()},
             instances=self._instances(),
+            policy=self._policies(),
         )
         self._check_shared(found)
         return found
@@ -157,6 +184,38 @@ class _Table:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigurationError(f"{self._place}: instances = {value!r} must be a whole number, 1 or more")
         return value
+
+    def _policies(self) -> dict[str, Guarding]:
+        tables: dict[str, Any] = {}
+        for name, value in self._subtable("policy").items():
+            contract, _, operation = name.partition(".")
+            if operation:  # "recommendations.rate", quoted, for an operation that is named as a part of a policy is
+                tables.setdefault(contract, {})[f".{operation}"] = value
+            else:
+                tables[name] = value | tables.get(name, {}) if isinstance(value, dict) else value
+        return {name: self._guarding(f"policy.{name}", value) for name, value in tables.items()}
+
+    def _guarding(self, key: str, value: Any) -> Guarding:
+        if not isinstance(value, dict):
+            raise ConfigurationError(f"{self._place}: {key} = {value!r} must be a table, as {{ timeout = 0.3 }}")
+        settings = {name: one for name, one in value.items() if name in Policy.__struct_fields__}
+        operations = {name.removeprefix("."): one for name, one in value.items() if name not in settings}
+        for name, one in operations.items():
+            if not isinstance(one, dict):
+                known = ", ".join(Policy.__struct_fields__)
+                raise ConfigurationError(
+                    f"{self._place}: {key}: unknown key {name!r}; known are {known}, and operations"
+                )
+        return Guarding(
+            self._policy(key, settings),
+            {name: self._policy(f"{key}.{name}", one) for name, one in operations.items()},
+        )
+
+    def _policy(self, key: str, settings: dict[str, Any]) -> Policy:
+        try:
+            return convert(settings, Policy)
+        except (ValidationError, ConfigurationError) as error:
+            raise ConfigurationError(f"{self._place}: {key}: {error}") from None
 
     def _check_shared(self, found: Deployed) -> None:
         for text in found.at if found.instances > 1 else ():

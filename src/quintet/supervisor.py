@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
 from pathlib import Path
@@ -44,8 +44,11 @@ Watch: TypeAlias = Callable[["Process"], None]
 class Process:
     """One instance of a service, kept running until it is told to stop."""
 
-    def __init__(self, name: str, service: Deployed, folder: Path, output: Output, watch: Watch) -> None:
+    def __init__(
+        self, name: str, service: Deployed, folder: Path, output: Output, watch: Watch, policies: Sequence[str] = ()
+    ) -> None:
         self.name = name
+        self._policies = policies
         self.state = State.STOPPED
         self.addresses: list[str] = []
         self.pid: int | None = None
@@ -191,6 +194,7 @@ class Process:
         yield f"--format={service.format}"
         if service.record:
             yield f"--record={service.record}"
+        yield from self._policies
 
     async def _announced(self, ours: socket.socket) -> None:
         """Waits for the one thing that `quintet serve` tells its supervisor: that it is ready, and where."""
@@ -226,8 +230,9 @@ class Processes:
         self._all: dict[str, Process] = {}
         for name, service in deployment.services.items():
             numbers = range(1, service.instances + 1)
+            policies = [f"--policies={deployment.file}", f"--policies-of={name}"] if deployment.file else []
             for instance in [name] if service.instances == 1 else [f"{name}.{number}" for number in numbers]:
-                self._all[instance] = Process(instance, service, deployment.folder, output, watch)
+                self._all[instance] = Process(instance, service, deployment.folder, output, watch, policies)
 
     def __repr__(self) -> str:
         return f"<processes {', '.join(f'{process.name}: {process.state.value}' for process in self)}>"

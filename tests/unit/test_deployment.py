@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from quintet.deployment import Deployed, Deployment, read_deployment
+from quintet.deployment import Deployed, Deployment, Guarding, read_deployment
 from quintet.errors import ConfigurationError
+from quintet.policy import Policy
 
 
 def read(folder: Path, text: str, environment: Mapping[str, str] | None = None) -> Deployment:
@@ -29,6 +30,7 @@ def test_a_whole_table_is_read_with_all_its_keys(tmp_path: Path) -> None:
         record = "record.jsonl"
         env = { LANG = "C" }
         instances = 1
+        policy.passengers = { timeout = 0.3, get = { retry = false } }
         """,
     )
     assert found == Deployment(
@@ -40,9 +42,11 @@ def test_a_whole_table_is_read_with_all_its_keys(tmp_path: Path) -> None:
                 format="msgpack",
                 record="record.jsonl",
                 env={"LANG": "C"},
+                policy={"passengers": Guarding(Policy(timeout=0.3), {"get": Policy(retry=False)})},
             )
         },
         tmp_path.resolve(),
+        tmp_path.resolve() / "quintet.toml",
     )
 
 

@@ -15,6 +15,7 @@ ABOVE = {
     "client": "sides",
     "server": "sides",
     "mock": "sides",
+    "policy_file": "sides",
     "__main__": "cli",
 }  # beside the core's files, not of it
 

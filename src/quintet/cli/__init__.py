@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from quintet.cli import call, channels, describe, exits, mock, new, serve, up
+from quintet.cli import call, channels, describe, exits, mock, new, policy, serve, up
 from quintet.errors import QuintetError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ for command, summary, examples in (
     (new.new, "Write a project that runs and whose tests pass.", new.EXAMPLES),
 ):
     app.command(short_help=summary, epilog=f"{examples}\nExit codes: `quintet --help` lists them.")(command)
+app.add_typer(policy.policy, name="policy", short_help="Show or change how a deployment's calls are guarded.")
 app.add_typer(channels.dead, name="dead", short_help="List, show, replay or drop what could not be handled.")
 
 

@@ -19,6 +19,7 @@ from quintet.cli.exits import run
 from quintet.cli.loading import load_service
 from quintet.contract import Contract
 from quintet.errors import ConfigurationError
+from quintet.policy_file import PolicyFile
 from quintet.server import Connections, Service
 from quintet.server import serve as serve_service
 
@@ -40,6 +41,13 @@ Connect = Annotated[
     typer.Option("--connect", metavar="NAME=ADDRESS", help="Where a contract that it uses or hears is; repeatable."),
 ]
 Format = Annotated[str, typer.Option("--format", metavar="NAME", help="What its messages are written in.")]
+PoliciesFile = Annotated[
+    str,
+    typer.Option("--policies", metavar="FILE", help="A quintet.toml with the policies of its calls; it is watched."),
+]
+PoliciesOf = Annotated[
+    str, typer.Option("--policies-of", metavar="NAME", help="Its [service.NAME] there, where that is not its own name.")
+]
 Record = Annotated[str, typer.Option("--record", metavar="FILE", help="Writes each delivery to this file, as a line.")]
 LogLevel = Annotated[str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")]
 Json = Annotated[bool, typer.Option("--json", help="Writes its lines as JSON, for programs.")]
@@ -51,6 +59,8 @@ def serve(
     connect: Connect = [],  # noqa: B006
     format: Format = "json",  # noqa: A002 - the word users know
     record: Record = "",
+    policies: PoliciesFile = "",
+    policies_of: PoliciesOf = "",
     reload: Annotated[bool, typer.Option("--reload", help="Restarts it when a .py file below here changes.")] = False,
     log_level: LogLevel = "info",
     json: Json = False,
@@ -63,7 +73,9 @@ def serve(
 
         run(serve_and_reload([argument for argument in sys.argv[1:] if argument != "--reload"]))
         return
-    run(until_stopped(load_service(app), at, connections(connect), format, record, json=json, supervisor=supervisor))
+    service = load_service(app)
+    file = PolicyFile(service, policies, policies_of) if policies else None
+    run(until_stopped(service, at, connections(connect), format, record, file, json=json, supervisor=supervisor))
 
 
 def connections(given: list[str]) -> Connections:
@@ -83,6 +95,7 @@ async def until_stopped(
     connect: Connections,
     format_name: str = "json",
     record: str = "",
+    policies: PolicyFile | None = None,
     *,
     json: bool = False,
     supervisor: int = -1,
@@ -119,8 +132,10 @@ async def until_stopped(
             print(said if json else f"serving {service.name} at {', '.join(addresses) or 'its channels'}", flush=True)
             if channel is not None:
                 channel.send(said.encode())
+            watching = asyncio.create_task(policies.watch()) if policies else None
             await stop.wait()
-            log.info("draining %s", service.name)
+            if watching:
+                watching.cancel()
     except asyncio.CancelledError:
         if not stop.is_set():
             raise
