@@ -30,21 +30,22 @@ Kind: TypeAlias = Literal[
     "draining",
 ]
 
-LEVELS: dict[Kind, int] = {
-    "circuit-opened": logging.WARNING,
-    "circuit-half-open": logging.INFO,
-    "circuit-closed": logging.INFO,
-    "refused": logging.DEBUG,  # one a call: what refuses must stay cheap, and say so once, where the circuit opens
-    "timed-out": logging.DEBUG,
-    "retried": logging.DEBUG,
-    "hedged": logging.DEBUG,
-    "fell-back": logging.DEBUG,
-    "dead-letter": logging.ERROR,
-    "connected": logging.DEBUG,
-    "disconnected": logging.DEBUG,
-    "draining": logging.INFO,
+KINDS: dict[Kind, tuple[int, str]] = {
+    "circuit-opened": (logging.WARNING, "a circuit breaker refuses calls from now on"),
+    "circuit-half-open": (logging.INFO, "it lets a few through, to try"),
+    "circuit-closed": (logging.INFO, "they went well: all calls go through again"),
+    # once per call, and so at debug: what refuses must stay cheap, and says so once, where the circuit opens
+    "refused": (logging.DEBUG, "by an open circuit, a limit or a rate, or because no time was left"),
+    "timed-out": (logging.DEBUG, "nobody answered within the time-out"),
+    "retried": (logging.DEBUG, "another attempt is made after one that failed"),
+    "hedged": (logging.DEBUG, "another attempt is made beside one that is slow"),
+    "fell-back": (logging.DEBUG, "a fallback answered instead"),
+    "dead-letter": (logging.ERROR, "a message was given up"),
+    "connected": (logging.DEBUG, "a transport was opened"),
+    "disconnected": (logging.DEBUG, "a transport was closed"),
+    "draining": (logging.INFO, "a service takes no more, and ends what it has in work"),
 }
-"""What can happen, and how loud its line in the log is."""
+"""What can happen: how loud its line in the log is, and what it means."""
 
 
 class Occurrence(Struct, frozen=True, kw_only=True):
@@ -81,7 +82,7 @@ class Watch:
         return f"<watch of {self.owner or '?'}{', heard' if self.listener else ''}>"
 
     def tell(self, kind: Kind, subject: str, reason: object = "", attempt: int = 0) -> None:
-        level = LEVELS[kind]
+        level, _ = KINDS[kind]
         if log.isEnabledFor(level):
             fields = {"kind": kind, "subject": subject, "owner": self.owner, "reason": str(reason), "attempt": attempt}
             log.log(level, "%s: %s", kind, reason or subject, extra={"quintet": fields})

@@ -35,7 +35,7 @@ from quintet.filter import Guarded, client_chain, server_chain
 from quintet.message import Message
 from quintet.policy import DEFAULT
 from quintet.testing import FakeClock
-from quintet.watch import LEVELS, Watch
+from quintet.watch import KINDS, Watch
 
 
 class Trips(Contract, name="observed"):
@@ -220,9 +220,9 @@ def test_a_listener_that_would_have_to_be_awaited_is_refused_at_once() -> None:
 
 def test_the_log_has_one_line_for_each_with_its_fields(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "quintet.watch"):
-        for kind in LEVELS:
+        for kind in KINDS:
             Watch("trips").tell(kind, "passengers.get", "passengers.get: why", 2)
-    assert [record.levelno for record in caplog.records] == list(LEVELS.values())
+    assert [record.levelno for record in caplog.records] == [level for level, _ in KINDS.values()]
     assert caplog.records[0].getMessage() == "circuit-opened: passengers.get: why"
     line = json.loads(_Json().format(caplog.records[0]))
     assert line["owner"] == "trips"
