@@ -34,6 +34,7 @@ from quintet.message import Channel, Message
 from quintet.server import Running
 from quintet.store import Conflict, SeenStore, UnitOfWork, open_seen
 from quintet.testing import FakeClock
+from quintet.testing.harness import harness
 
 Handle = Callable[[str, int], Awaitable[Receipt]]
 REPLY = Message(channel=Channel("orders"), body=b"\x00\xff", headers={"x-city": "Zürich"})
@@ -347,6 +348,15 @@ def test_a_store_that_cannot_be_is_refused() -> None:
         open_seen("amqp://127.0.0.1")
     with pytest.raises(ConfigurationError, match=r"Store\(keep=-1"):
         Store("memory://", keep=-1)
+
+
+async def test_in_a_harness_it_is_kept_in_memory(tmp_path: Path) -> None:
+    service = orders(Store(f"sqlite:///{tmp_path}/orders.db", schema=SCHEMA))
+    async with harness(service) as bench:
+        client = bench.connect(Orders)
+        assert [await say(client.place, "a", "o-1", 5) for _ in range(2)] == [Receipt("o-1", 5)] * 2
+    assert list(tmp_path.iterdir()) == []
+    assert service.idempotent == Store(f"sqlite:///{tmp_path}/orders.db", schema=SCHEMA)
 
 
 # the unit of work

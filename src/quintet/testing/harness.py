@@ -17,6 +17,7 @@ from quintet.contract import FANOUT, Contract, Operation
 from quintet.message import Message
 from quintet.policy import Policies
 from quintet.server import Running, Service
+from quintet.store import Store
 from quintet.testing.clock import FakeClock
 from quintet.transport import Dead, DeadLetter, Done, Transport, Verdict, parse_address
 from quintet.transports.memory import Carrier
@@ -136,8 +137,8 @@ async def harness(
 
     `clock`: a FakeClock where the test moves time. `like`: the transports that they have in production, as
     ["http", "sqlite"]: a broker for each, with its traits. `wrap`: what stands between the services and a broker, as
-    `lambda transport: FaultyTransport(transport, drop=0.1)`. What a service keeps on disk in production, its answers
-    and its inbox, is kept in memory. Raises ConfigurationError as `serve` does.
+    `lambda transport: FaultyTransport(transport, drop=0.1)`. What a service keeps on disk in production, its answers,
+    its inbox and what it has handled, is kept in memory. Raises ConfigurationError as `serve` does.
     """
     clock, name = clock or SYSTEM, f"memory://harness-{next(_numbers)}"
     addresses = [f"{name}.{scheme}?like={scheme}" for scheme in like] or [name]
@@ -165,6 +166,9 @@ async def harness(
             for kept in ("answers", "inbox"):
                 stack.callback(setattr, service, kept, getattr(service, kept))
                 setattr(service, kept, f"{name}.{kept}.{service.name}" if getattr(service, kept) else "")
+            if seen := service.idempotent:
+                stack.callback(setattr, service, "idempotent", seen)
+                service.idempotent = structs.replace(seen, address=name) if isinstance(seen, Store) else name
             running = Running(service, addresses, connect, "json", carriers, None)
             stack.push_async_callback(_stop, running)
             await running.start()
