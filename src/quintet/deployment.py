@@ -41,8 +41,9 @@ class Deployed(Struct, frozen=True, kw_only=True):
     """One service of a deployment: a table `[service.NAME]`.
 
     `app`: "module:service". `at`: where it is served. `connect`: where the contracts are that it uses or hears, by
-    their names. `record`: the file that its deliveries are written to. `env`: its environment, beside the inherited
-    one. `instances`: how many processes. `policy`: of the calls to each contract that it uses, over what its code says.
+    their names. `record`: the file that its deliveries are written to. `observe`: an HTTP address that shows the
+    metrics of a service that has none in `at`. `env`: its environment, beside the inherited one. `instances`: how many
+    processes. `policy`: of the calls to each contract that it uses, over what its code says.
     """
 
     app: str
@@ -50,6 +51,7 @@ class Deployed(Struct, frozen=True, kw_only=True):
     connect: Mapping[str, tuple[str, ...]] = {}
     format: str = "json"
     record: str = ""
+    observe: str = ""
     env: Mapping[str, str] = {}
     instances: int = 1
     policy: Mapping[str, Guarding] = {}
@@ -118,6 +120,7 @@ class _Table:
             },
             format=self._format(),
             record=self._string("record", self._table.get("record", "")),
+            observe=self._observe(),
             env={name: self._string(f"env.{name}", value) for name, value in self._subtable("env").items()},
             instances=self._instances(),
             policy=self._policies(),
@@ -179,6 +182,10 @@ class _Table:
             raise ConfigurationError(f"{self._place}: format: {error}") from None
         return name
 
+    def _observe(self) -> str:
+        text = self._string("observe", self._table.get("observe", ""))
+        return self._addresses("observe", text)[0] if text else ""
+
     def _instances(self) -> int:
         value = self._table.get("instances", 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -218,7 +225,7 @@ class _Table:
             raise ConfigurationError(f"{self._place}: {key}: {error}") from None
 
     def _check_shared(self, found: Deployed) -> None:
-        for text in found.at if found.instances > 1 else ():
+        for text in filter(None, (*found.at, found.observe)) if found.instances > 1 else ():
             if parse_address(text).port:
                 raise ConfigurationError(
                     f"{self._place}: {found.instances} instances cannot all listen at {text};"

@@ -629,6 +629,8 @@ async def serve(
                 place.pages = observer.pages
         for transport in dict.fromkeys((*served, *seen)):
             await transport.ready()
+        for transport in seen:
+            log.info("metrics are shown at %s/metrics", transport.address)
         for running in started:
             running.ready = True
         yield [str(transport.address) for transport in served]

@@ -194,6 +194,8 @@ class Process:
         yield f"--format={service.format}"
         if service.record:
             yield f"--record={service.record}"
+        if service.observe:
+            yield f"--observe={service.observe}"
         yield from self._policies
 
     async def _announced(self, ours: socket.socket) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import msgspec
 import pytest
@@ -216,6 +217,17 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         code = command.end()
         command._stdout.close()
         assert code == 0, command.seen
+
+
+def test_a_service_on_a_queue_shows_its_metrics_at_an_address_of_their_own(folder: Path) -> None:
+    queue = ["--at", "sqlite:///rides.db", "--connect", "trips=sqlite:///rides.db"]
+    with running(folder, "serve", "service:service", *queue, "--observe", "http://127.0.0.1:0") as service:
+        shown = service.line("metrics are shown at").split()[-1]
+        service.line("serving passengers at sqlite:///rides.db")
+        with urlopen(shown, timeout=10) as page:
+            assert b"process_cpu_seconds_total" in page.read()
+        service.send(signal.SIGTERM)
+        assert service.end() == 0
 
 
 def sentence(ended: subprocess.CompletedProcess[str]) -> str:

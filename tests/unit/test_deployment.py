@@ -28,6 +28,7 @@ def test_a_whole_table_is_read_with_all_its_keys(tmp_path: Path) -> None:
         connect = { passengers = "http://127.0.0.1:8001", dispatch = ["sqlite:///a.db", "sqlite:///b.db"] }
         format = "msgpack"
         record = "record.jsonl"
+        observe = "http://127.0.0.1:9002"
         env = { LANG = "C" }
         instances = 1
         policy.passengers = { timeout = 0.3, get = { retry = false } }
@@ -41,6 +42,7 @@ def test_a_whole_table_is_read_with_all_its_keys(tmp_path: Path) -> None:
                 connect={"passengers": ("http://127.0.0.1:8001",), "dispatch": ("sqlite:///a.db", "sqlite:///b.db")},
                 format="msgpack",
                 record="record.jsonl",
+                observe="http://127.0.0.1:9002",
                 env={"LANG": "C"},
                 policy={"passengers": Guarding(Policy(timeout=0.3), {"get": Policy(retry=False)})},
             )
@@ -88,6 +90,9 @@ REFUSED = {
     "app = 'm:a'\ninstances = 0": "[service.a]: instances = 0 must be a whole number, 1 or more",
     "app = 'm:a'\ninstances = true": "[service.a]: instances = True must be a whole number",
     "app = 'm:a'\ninstances = 2\nat = 'http://127.0.0.1:8001'": "2 instances cannot all listen at http://127.0.0.1:8001",
+    "app = 'm:a'\ninstances = 2\nobserve = 'http://127.0.0.1:9001'": "2 instances cannot all listen at http://127.0.0.1:9",
+    "app = 'm:a'\nobserve = 'localhost'": "observe: 'localhost' is no address",
+    "app = 'm:a'\nobserve = 3": "observe = 3 must be a string",
     "app = 'm:a'\nrecord = '${HERE}/x'": "record wants the environment variable HERE, which is not set",
 }
 

@@ -49,6 +49,12 @@ PoliciesOf = Annotated[
     str, typer.Option("--policies-of", metavar="NAME", help="Its [service.NAME] there, where that is not its own name.")
 ]
 Record = Annotated[str, typer.Option("--record", metavar="FILE", help="Writes each delivery to this file, as a line.")]
+Observe = Annotated[
+    str,
+    typer.Option(
+        "--observe", metavar="ADDRESS", help="Shows /metrics, /hystrix.stream and /health there, if no --at is http."
+    ),
+]
 LogLevel = Annotated[str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")]
 Json = Annotated[bool, typer.Option("--json", help="Writes its lines as JSON, for programs.")]
 
@@ -59,6 +65,7 @@ def serve(
     connect: Connect = [],  # noqa: B006
     format: Format = "json",  # noqa: A002 - the word users know
     record: Record = "",
+    observe: Observe = "",
     policies: PoliciesFile = "",
     policies_of: PoliciesOf = "",
     reload: Annotated[bool, typer.Option("--reload", help="Restarts it when a .py file below here changes.")] = False,
@@ -75,7 +82,11 @@ def serve(
         return
     service = load_service(app)
     file = PolicyFile(service, policies, policies_of) if policies else None
-    run(until_stopped(service, at, connections(connect), format, record, file, json=json, supervisor=supervisor))
+    run(
+        until_stopped(
+            service, at, connections(connect), format, record, file, observe, json=json, supervisor=supervisor
+        )
+    )
 
 
 def connections(given: list[str]) -> Connections:
@@ -96,6 +107,7 @@ async def until_stopped(
     format_name: str = "json",
     record: str = "",
     policies: PolicyFile | None = None,
+    observe: str = "",
     *,
     json: bool = False,
     supervisor: int = -1,
@@ -126,7 +138,9 @@ async def until_stopped(
         channel.setblocking(False)
         loop.add_reader(channel, orphaned, channel)
     try:
-        async with serve_service(service, at=at, connect=connect, format=format_name, record=record) as addresses:
+        async with serve_service(
+            service, at=at, connect=connect, format=format_name, record=record, observe=observe
+        ) as addresses:
             ready = True
             said = standard_json.dumps({"service": service.name, "at": addresses})
             print(said if json else f"serving {service.name} at {', '.join(addresses) or 'its channels'}", flush=True)
