@@ -17,6 +17,7 @@ from quintet.deployment import parse_deployment
 from quintet.filters.breaker import Circuit
 from quintet.policy import DEFAULT, resolve
 from quintet.policy_file import LOOK_SECONDS, PolicyFile
+from quintet.supervisor import running
 from quintet.testing import FakeClock
 
 HEAD = '# the shop\n[service.shop]\napp = "shop:service"\n'
@@ -176,21 +177,39 @@ def test_set_refuses_what_is_wrong_and_leaves_the_file(
     assert path.read_text() == before
 
 
+SHOP = """
+from orders_contract import Orders
+from quintet import Service
+service = Service(name="kiosk")
+orders = service.uses(Orders)
+"""
+
+
+async def test_the_services_of_a_deployment_take_in_what_set_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parent}")
+    (tmp_path / "shop.py").write_text(SHOP)
+    path = written(tmp_path, 'connect.orders = "memory://"\n')
+    lines = asyncio.Queue[str]()
+    async with running(path, output=lambda _, line: lines.put_nowait(line)), asyncio.timeout(20):
+        set_("shop.orders", ["timeout=0.5"], str(path))
+        while "are in force" not in await lines.get():
+            pass
+
+
 def test_a_service_that_runs_takes_in_what_set_has_written(tmp_path: Path) -> None:
-    (tmp_path / "shop.py").write_text(
-        "from quintet import Service\nfrom orders_contract import Orders\n"
-        "service = Service(name='shop')\norders = service.uses(Orders)\n"
-    )
+    (tmp_path / "shop.py").write_text(SHOP)
     path = written(tmp_path, "")
     unit = str(Path(__file__).parent)
     environment = {"PYTHONPATH": f"{tmp_path}:{unit}", "PATH": ""}
     command = [sys.executable, "-m", "quintet", "serve", "shop:service", "--at", "memory://"]
-    command += ["--connect", "orders=memory://", "--policies", str(path)]
+    command += ["--connect", "orders=memory://", "--policies", str(path), "--policies-of", "shop"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout
         assert process.stderr
-        assert process.stdout.readline().startswith("serving shop")
+        assert process.stdout.readline().startswith("serving kiosk")
         try:
             written(tmp_path, "[service.shop.policy.orders]\ntimeout = -1\n")
             assert "the policies that were in force stay" in process.stderr.readline()
