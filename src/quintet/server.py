@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -32,6 +33,7 @@ from quintet.errors import (
     Safety,
     TooLarge,
 )
+from quintet.feed import ORDERS, TOKEN, Feed, Newest
 from quintet.filter import Guarded, State, server_chain
 from quintet.gate import Gate
 from quintet.message import Channel, Handler, Message, new_id
@@ -41,7 +43,7 @@ from quintet.policy import DEFAULT, Bulkhead, Policies, Policy
 from quintet.record import Exchange, Recorder
 from quintet.repeats import once
 from quintet.store import SeenStore, Store, open_seen, open_store
-from quintet.transport import DONE, Dead, Done, Receive, Serving, Showing, Trait, Transport, Verdict
+from quintet.transport import DONE, Dead, Done, Receive, Serving, Showing, Trait, Transport, Verdict, parse_address
 from quintet.watch import Listener
 
 log = logging.getLogger("quintet.service")
@@ -242,7 +244,7 @@ class Running:
         connect: Connections,
         format_name: str,
         carriers: Carriers,
-        recorder: Recorder | None,
+        recorder: Recorder | Newest | None,
     ) -> None:
         self.service = service
         self.carriers = carriers
@@ -468,12 +470,12 @@ class Running:
             function = once(function, operation, self._seen, bind("body", operation, self._format), self.service.name)
         gate = self._gate if own else Gate(sys.maxsize)  # who waits for an answer must not keep it from being made
         declared: tuple[type[Exception], ...] = (*operation.faults, Declined)
-        arguments = _arguments(operation, function)
+        invoke = _invoker(operation, function)
 
         async def call(message: Message) -> Message | None:
             if len(message.body) > max_body:
                 raise TooLarge(f"{operation.full_name}: {len(message.body)} bytes, {max_body} are allowed")
-            args, kwargs = arguments(bound.arguments(message))
+            record = bound.arguments(message)
             if gate.busy < gate.limit:  # the usual case without an await
                 gate.busy += 1
             else:
@@ -485,7 +487,7 @@ class Running:
                     )
             token = CURRENT.set(Current(message, clock, message.deadline))
             try:
-                value = await function(*args, **kwargs)
+                value = await invoke(record)
             except declared:
                 raise
             except Exception as error:
@@ -498,7 +500,7 @@ class Running:
         handle = server_chain(self._guarded(operation), call)
         return handle if self._recorder is None else self._recorded(handle, operation, self._recorder)
 
-    def _recorded(self, handle: Handler, operation: AnyOperation, recorder: Recorder) -> Handler:
+    def _recorded(self, handle: Handler, operation: AnyOperation, recorder: Recorder | Newest) -> Handler:
         async def record(message: Message) -> Message | None:
             started, outcome = self.clock.wall(), "done"
             try:
@@ -571,19 +573,29 @@ class Running:
         return receive
 
 
-def _arguments(
-    operation: AnyOperation, function: Callable[..., Any]
-) -> Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]]:
-    """How the record of parameters becomes the function's arguments: by position where the order is the same."""
+def _invoker(operation: AnyOperation, function: Callable[..., Awaitable[Any]]) -> Callable[[Struct], Awaitable[Any]]:
+    """Calls the function with the record of parameters taken apart: by position where the order is the same."""
     fields, parameters = operation.record.__struct_fields__, inspect.signature(function).parameters
     plain = all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in parameters.values())
     if plain and list(parameters)[: len(fields)] == list(fields):
-        return lambda record: (astuple(record), {})
-    return lambda record: ((), asdict(record))
+        return lambda record: function(*astuple(record))
+    return lambda record: function(**asdict(record))
 
 
 def _temporary(channel: Channel) -> Channel:
     return structs.replace(channel, temporary=True, durable=False)
+
+
+def _feed(services: Sequence[Service], carriers: Carriers, observe: str, recorder: Recorder | None) -> Feed:
+    return Feed(
+        [service.name for service in services],
+        carriers.opened,
+        host=parse_address(observe).host,
+        token=os.environ.get(TOKEN, ""),
+        recorder=recorder,
+        answers={fault.__name__ for service in services for handled in service.handlings for fault in handled.faults},
+        clock=carriers.clock,
+    )
 
 
 @asynccontextmanager
@@ -602,8 +614,9 @@ async def serve(
     `at`: where they are served, one address or several. `connect`: where the services are that they use, and where the
     events and surveys live that they handle, by contract or its name. `record`: a file to which each delivery is
     written (record.py). `observe`: an HTTP address for the /metrics, /hystrix.stream and /health of services that are
-    served at none; every HTTP address in `at` has them too. `listener`: a function that is told what happens
-    (watch.py). Raises ConfigurationError before anything is served.
+    served at none (every HTTP address in `at` has them too), and for the dashboard's feed (feed.py), which is nowhere
+    else. `listener`: a function that is told what happens (watch.py). Raises ConfigurationError before anything is
+    served.
     """
     carriers = Carriers("+".join(service.name for service in services), clock, listener)
     addresses = [at] if isinstance(at, str) else list(at)
@@ -615,7 +628,9 @@ async def serve(
         seen = [await carriers.reach(observe)] if observe else []
         if not all(isinstance(transport, Showing) for transport in seen):
             raise ConfigurationError(f"observe={observe!r} cannot show pages: name an http address")
-        started = [Running(service, addresses, connect or {}, format, carriers, recorder) for service in services]
+        feed = _feed(services, carriers, observe, recorder) if observe else None
+        told = feed.newest if feed else recorder
+        started = [Running(service, addresses, connect or {}, format, carriers, told) for service in services]
         for running in started:
             stack.push_async_callback(running.stop)
             await running.start()
@@ -627,6 +642,13 @@ async def serve(
             stack.callback(observer.stop)
             for place in showing:
                 place.pages = observer.pages
+                if feed and place in seen:
+                    stack.callback(feed.close)
+                    place.pages = {**observer.pages, "/quintet.stream": feed.page}
+        if feed:
+            orders = await seen[0].serve(ORDERS, feed.receive, "quintet")
+            if seen[0] in served:  # else it is open until all has drained
+                stack.push_async_callback(orders.stop)
         for transport in dict.fromkeys((*served, *seen)):
             await transport.ready()
         for transport in seen:
