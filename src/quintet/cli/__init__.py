@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from quintet.cli import call, channels, describe, exits, mock, new, policy, serve, up
+from quintet.cli import call, channels, dashboard, describe, exits, mock, new, policy, serve, up
 from quintet.errors import QuintetError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 for command, summary, examples in (
     (serve.serve, "Serve one service in this process.", serve.EXAMPLES),
     (up.up, "Run all services of a quintet.toml, each its own process.", up.EXAMPLES),
+    (dashboard.dashboard, "Show all services on one page, as they run.", dashboard.EXAMPLES),
     (call.call, "Call an operation, in whichever of the five styles.", call.EXAMPLES),
     (channels.tail, "Watch a channel without taking from it.", channels.TAIL_EXAMPLES),
     (describe.describe, "Show a contract: operations, styles, types, carriers.", describe.EXAMPLES),

@@ -1,0 +1,1 @@
+"""One page that shows all services of a deployment as they run."""
