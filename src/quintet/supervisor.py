@@ -39,6 +39,8 @@ Output: TypeAlias = Callable[[str, str], None]
 """Is called with a process's name and each line that it writes."""
 Watch: TypeAlias = Callable[["Process"], None]
 """Is called when a process's state has changed."""
+Prepare: TypeAlias = Callable[[str, Deployed], Deployed]
+"""Is called with each process's name and service; may change what it is started with."""
 
 
 class Process:
@@ -228,13 +230,20 @@ def _silent(*_: object) -> None:
 class Processes:
     """The processes of a deployment, by name: "trips", or "trips.1", "trips.2" where it has several instances."""
 
-    def __init__(self, deployment: Deployment, output: Output = _silent, watch: Watch = _silent) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        output: Output = _silent,
+        watch: Watch = _silent,
+        prepare: Prepare = lambda _, service: service,
+    ) -> None:
         self._all: dict[str, Process] = {}
         for name, service in deployment.services.items():
             numbers = range(1, service.instances + 1)
             policies = [f"--policies={deployment.file}", f"--policies-of={name}"] if deployment.file else []
             for instance in [name] if service.instances == 1 else [f"{name}.{number}" for number in numbers]:
-                self._all[instance] = Process(instance, service, deployment.folder, output, watch, policies)
+                prepared = prepare(instance, service)
+                self._all[instance] = Process(instance, prepared, deployment.folder, output, watch, policies)
 
     def __repr__(self) -> str:
         return f"<processes {', '.join(f'{process.name}: {process.state.value}' for process in self)}>"

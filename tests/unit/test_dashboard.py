@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import socket
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -480,3 +483,63 @@ async def test_who_calls_whom_leads_to_the_service_that_handles_it() -> None:
 def test_an_address_that_is_none_is_refused_in_one_sentence(address: str) -> None:
     with pytest.raises(ConfigurationError, match="is no address of a feed: write http://HOST:PORT"):
         checked(address)
+
+
+# the command
+
+SERVICES = """
+from quintet import Contract, Service, request
+
+class Echo(Contract, name="echo"):
+    @request
+    async def say(self, text: str) -> str: ...
+
+service = Service(Echo)
+
+@service.handles(Echo.say)
+async def say(text: str) -> str:
+    return text
+"""
+DEPLOYMENT = """
+[service.echo]
+app = "echo:service"
+at = "sqlite:///echo.db"
+instances = 2
+"""
+
+
+async def test_up_shows_each_instance_of_its_services_on_a_dashboard(tmp_path: Path) -> None:
+    (tmp_path / "echo.py").write_text(SERVICES)
+    (tmp_path / "quintet.toml").write_text(DEPLOYMENT)
+    up = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "quintet", "up", "--dashboard", "--port", "0"),
+        cwd=tmp_path,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        assert up.stdout
+        said = ""
+        while "the dashboard is at" not in said:
+            said = (await up.stdout.readline()).decode()
+            assert said, "it ended"
+        page = said.split()[-1]
+        parts = urlsplit(page)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        writer.write(f"GET /stream HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode())
+        view: dict[str, Any] = {"sources": [{"up": False}]}
+        async with asyncio.timeout(30):
+            while not all(source["up"] for source in view["sources"]):
+                event = (await reader.readuntil(b"\n\n")).partition(b"data: ")[2]
+                view = msgspec.json.decode(event) if event else view
+        assert len(view["sources"]) == 2
+        assert view["services"] == ["echo"]
+        assert "echo.v1.say" in {channel["channel"] for channel in view["channels"]}
+        for source in view["sources"]:  # who has not the token of this deployment sees nothing
+            assert (await ask(source["address"], "GET", "/quintet.stream"))[0] == 403
+        writer.close()
+        await writer.wait_closed()
+    finally:
+        up.send_signal(signal.SIGINT)
+        await up.communicate()
+    assert up.returncode == 0

@@ -5,20 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json as standard_json
+import os
+import secrets
 import signal
+import socket
 from typing import Annotated
 
 import typer
+from msgspec import structs
 
+from quintet.cli.dashboard import PORT
 from quintet.cli.exits import Exit, run
 from quintet.cli.serve import stop_signals
-from quintet.deployment import FILE, read_deployment
+from quintet.deployment import FILE, Deployed, read_deployment
+from quintet.feed import TOKEN
 from quintet.supervisor import GRACE, Process, Processes, State
+from quintet.transport import parse_address
 
 EXAMPLES = """\b
 Examples:
   quintet up                       the services of quintet.toml in this folder
   quintet up demo/quintet.toml     their modules and relative paths are looked up in demo/
+  quintet up --dashboard           and one page that shows them as they run
   TRIPS_PORT=8102 quintet up       where the file says at = "http://127.0.0.1:${TRIPS_PORT:-8002}"
 """
 
@@ -31,6 +39,8 @@ def up(
     grace: Annotated[
         float, typer.Option("--grace", help="Seconds that each has to drain before it is killed.")
     ] = GRACE,
+    dashboard: Annotated[bool, typer.Option("--dashboard", help="Shows them on one page, as they run.")] = False,
+    port: Annotated[int, typer.Option("--port", help="Where the dashboard is; 0 for any that is free.")] = PORT,
     json: Annotated[bool, typer.Option("--json", help="Writes the log as lines of JSON, for programs.")] = False,
 ) -> None:
     """Runs all services of a deployment, restarts what crashes, stops all in reverse order on Ctrl-C or SIGTERM.
@@ -40,9 +50,49 @@ def up(
     """
     deployment = read_deployment(file)
     log = _Log(json)
-    processes = Processes(deployment, log.line, log.change)
+    observed = _Observed() if dashboard else None
+    processes = Processes(deployment, log.line, log.change, *([observed.prepare] if observed else []))
     log.open(processes)
-    run(_up(processes, log, within, grace))
+    run(
+        _with_dashboard(observed, port, processes, log, within, grace)
+        if observed
+        else _up(processes, log, within, grace)
+    )
+
+
+class _Observed:
+    """Where the processes are observed: each at a port of its own, for who has the token."""
+
+    def __init__(self) -> None:
+        self.token = os.environ.get(TOKEN) or secrets.token_hex()
+        self.addresses: list[str] = []
+        self._held: list[socket.socket] = []
+
+    def prepare(self, _name: str, service: Deployed) -> Deployed:
+        """The service, observed: where its deployment says, else at a free port, the same after a crash."""
+        observe = service.observe
+        if not observe or parse_address(observe).port == 0:
+            self._held.append(socket.create_server(("127.0.0.1", 0)))  # held until all have theirs
+            observe = f"http://127.0.0.1:{self._held[-1].getsockname()[1]}"
+        self.addresses.append(observe)
+        return structs.replace(service, observe=observe, env={**service.env, TOKEN: self.token})
+
+    def release(self) -> None:
+        for held in self._held:
+            held.close()
+
+
+async def _with_dashboard(
+    observed: _Observed, port: int, processes: Processes, log: _Log, within: float, grace: float
+) -> None:
+    from quintet.dashboard.collector import Collector  # here: what `quintet up` alone need not load
+    from quintet.dashboard.site import serve_dashboard
+
+    observed.release()
+    async with Collector(observed.addresses, token=observed.token) as collector:
+        async with serve_dashboard(collector, port) as page:
+            log.note(f"the dashboard is at {page}")
+            await _up(processes, log, within, grace)
 
 
 async def _up(processes: Processes, log: _Log, within: float, grace: float) -> None:
