@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
+from threading import Lock
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,7 @@ class Latencies:
         self.counts = [0] * (len(BOUNDS) + 1)
         self.seconds = 0.0
         self.unfolded: list[float] = []
+        self._folding = Lock()
 
     def __repr__(self) -> str:
         return f"<latencies of {sum(self.counts)} attempts, {self.seconds:.3g} s in all>"
@@ -43,11 +45,12 @@ class Latencies:
 
     def fold(self) -> Latencies:
         """Takes in what was left for later; whoever reads does so first."""
-        taken = self.unfolded[:]
-        del self.unfolded[: len(taken)]
-        self.seconds += sum(taken)
-        for bucket, count in Counter(map(_bucket, taken)).items():
-            self.counts[bucket] += count
+        with self._folding:  # a scrape may come from another thread than the calls
+            taken = self.unfolded[:]
+            del self.unfolded[: len(taken)]
+            self.seconds += sum(taken)
+            for bucket, count in Counter(map(_bucket, taken)).items():
+                self.counts[bucket] += count
         return self
 
 

@@ -20,7 +20,9 @@ from quintet import (
     InvalidMessage,
     Policy,
     RemoteError,
+    Retry,
     Service,
+    Unavailable,
     connect,
     on,
     request,
@@ -262,6 +264,34 @@ def test_the_percentiles_are_those_of_the_last_sixty_seconds() -> None:
         gone = await dashboard.read()
         assert set(gone["latencyExecute"].values()) == {0}
         assert gone["latencyExecute_mean"] == 0
+
+    run(main)
+
+
+def test_a_repeat_s_latency_is_its_own_and_not_the_wait_before_it() -> None:
+    async def main() -> None:
+        clock = FakeClock()
+        policy = Policy(timeout=60.0, retry=Retry(1, first=20.0, longest=20.0))
+        dashboard, callee = Dashboard(clock), Callee(policy, clock)
+        callee.outcomes = [Unavailable("nobody there")]
+        call = asyncio.get_running_loop().create_task(callee.call())
+        await clock.advance(20)
+        await call
+        assert callee.begun == 2
+        assert (await dashboard.read())["latencyExecute"]["100"] <= 1
+
+    run(main)
+
+
+def test_latencies_do_not_pile_up_where_nobody_looks() -> None:
+    async def main() -> None:
+        clock = FakeClock()
+        callee = Callee(Policy(), clock)
+        for _ in range(30):
+            await callee.succeed(10)
+            await clock.advance(1)
+        assert len(callee.circuit.latencies.unfolded) <= 10
+        assert sum(callee.circuit.latencies.fold().counts) == 300
 
     run(main)
 
