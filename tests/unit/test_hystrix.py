@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -29,7 +28,7 @@ from quintet import (
     serve,
 )
 from quintet.filter import State
-from quintet.meter import BOUNDS, Latencies, percentiles
+from quintet.meter import BOUNDS, CLIENTS, Latencies, meters, percentiles
 from quintet.observe import Observer
 from quintet.testing import FakeClock
 
@@ -77,6 +76,12 @@ KEYS: dict[str, type | tuple[type, ...]] = {
 """What a dashboard wants, and of which type; the one that may be null says so."""
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> None:
+    for meter in meters(CLIENTS):  # of other tests' clients that nobody has closed
+        meter.watch.ended = True
+
+
 class Declared(Fault):
     why: str
 
@@ -85,7 +90,6 @@ class Dashboard:
     """Looks at the stream of an observer, as a dashboard does."""
 
     def __init__(self, clock: FakeClock) -> None:
-        gc.collect()  # what other tests have left behind
         self.observer = Observer(clock, list)
         self.observer.start()
 
@@ -299,7 +303,6 @@ def test_latencies_do_not_pile_up_where_nobody_looks() -> None:
 def test_what_was_counted_before_anybody_looked_is_not_of_the_last_seconds() -> None:
     async def main() -> None:
         clock = FakeClock()
-        gc.collect()
         callee = Callee(Policy(), clock)
         await callee.succeed(5)
         dashboard = Dashboard(clock)
