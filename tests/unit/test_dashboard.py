@@ -35,7 +35,7 @@ from quintet import (
 )
 from quintet.dashboard.collector import Collector, Source, checked
 from quintet.dashboard.site import serve_dashboard
-from quintet.feed import SENDERS, Feed, Newest, OperationState, Order, Snapshot
+from quintet.feed import SENDERS, BulkheadState, Feed, Newest, OperationState, Order, Snapshot
 from quintet.message import Channel, Message
 from quintet.record import Exchange
 from quintet.testing import FakeClock
@@ -430,6 +430,7 @@ async def test_rates_are_of_what_was_counted_since_and_instances_are_added_up() 
     assert watched.call["rate"] == pytest.approx(40)
     assert watched.call["chart"][-5:] == [[40, 0, 0]] * 5
     assert watched.call["chart"][0] == [0, 0, 0]
+    assert max(good for good, _, _ in watched.call["chart"]) == 40, "what was counted before anybody looked is no peak"
 
 
 async def test_a_process_that_was_restarted_counts_from_nothing_again() -> None:
@@ -444,9 +445,12 @@ async def test_a_process_that_was_restarted_counts_from_nothing_again() -> None:
 
 async def test_one_process_at_two_addresses_is_counted_once() -> None:
     watched = Watched("one", "two")
+    limit = BulkheadState(busy=1, limit=10, waiting=0, queue=0)
     for second in range(12):
-        await watched.take(one=shot("a", state(good=10 * second)), two=shot("a", state(good=10 * second)))
+        same = shot("a", state(good=10 * second, bulkhead=limit))
+        await watched.take(one=same, two=same)
     assert watched.call["rate"] == pytest.approx(10)
+    assert watched.call["bulkhead"]["limit"] == 10
 
 
 async def test_the_error_rate_and_percentiles_are_of_all_instances_together() -> None:
