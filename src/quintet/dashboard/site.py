@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
@@ -17,6 +18,8 @@ from quintet.clock import SYSTEM, Clock
 from quintet.dashboard.collector import Collector
 from quintet.errors import ConfigurationError, QuintetError, TransportError
 from quintet.feed import CONTROL, Order, host_of, is_loopback
+
+log = logging.getLogger("quintet.dashboard")
 
 LARGEST = 64 * 1024  # bytes of an order
 PAGE_HEADERS = {
@@ -52,7 +55,10 @@ class Site:
         """Draws all of it once each second, for all pages together, and only while there is one."""
         while True:
             if self._watching:
-                await self._publish()
+                try:
+                    await self._publish()
+                except Exception:  # one process that shows nonsense must not blind the page for all others
+                    log.exception("the page could not be drawn")
             await self._clock.sleep(self._interval)
 
     async def _publish(self) -> None:
