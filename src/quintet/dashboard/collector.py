@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import ssl
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
@@ -23,8 +22,6 @@ from quintet.errors import ConfigurationError, QuintetError, TransportError, Una
 from quintet.feed import CONTROL, CircuitState, OperationState, Order, Snapshot
 from quintet.meter import BOUNDS, percentiles
 from quintet.record import Exchange
-
-log = logging.getLogger("quintet.dashboard")
 
 MINUTE = 60  # points of a chart, one a second
 RATE = 10  # seconds over which rates are taken
