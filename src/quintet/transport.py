@@ -94,6 +94,7 @@ class Transport(ABC):
     traits: ClassVar[frozenset[Trait]]
     binding: ClassVar[str] = "body"  # the file in bindings/ that turns values into this transport's messages
     options: ClassVar[frozenset[str]] = frozenset()  # the names an address may carry behind the "?"
+    variants: ClassVar[frozenset[str]] = frozenset()  # what may stand behind the "+" of its scheme
 
     def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
         self.address = address
@@ -214,11 +215,13 @@ def parse_address(text: str) -> Address:
 
 
 def carrier(address: Address) -> type[Transport]:
-    """The transport class behind an address: `https` and `nsq+lookup` are variants of `http` and `nsq`."""
-    name = address.scheme.partition("+")[0]
+    """The transport class behind an address: `https` is `http`; a "+" leads to a variant that it knows."""
+    name, plus, variant = address.scheme.partition("+")
     for candidate in (name, name.removesuffix("s")):
         if candidate.isidentifier() and importlib.util.find_spec(f"quintet.transports.{candidate}"):
             found: type[Transport] = importlib.import_module(f"quintet.transports.{candidate}").Carrier
+            if plus and variant not in found.variants:
+                raise AddressError(f"{address}: {name} has no variant {variant!r}, and no resolver is called that")
             return found
     raise AddressError(f"{address}: unknown scheme {address.scheme!r}; known are {', '.join(schemes())}")
 

@@ -53,6 +53,7 @@ def fares(handler: Callable[[str], Awaitable[float]]) -> Service:
         ("gopher://host", "unknown scheme 'gopher'; known are .*http.*memory.*sqlite"),
         ("http://127.0.0.1:99999", "port must be a number"),
         ("memory://?colour=red", "unknown option colour"),
+        ("http+dnss://trips:8001", "http has no variant 'dnss', and no resolver is called that"),
     ],
 )
 def test_an_address_that_cannot_be_used_is_one_sentence(address: str, sentence: str) -> None:
