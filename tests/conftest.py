@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import signal
 from typing import Any
 
 import pytest
@@ -24,3 +25,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
     asyncio.run(main())
     return True
+
+
+def pytest_configure() -> None:
+    # a shell starts what it runs in the background with Ctrl-C ignored, and all our processes would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
