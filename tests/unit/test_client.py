@@ -108,6 +108,28 @@ def test_a_cancel_by_the_caller_in_the_tick_of_the_timeout_is_a_cancel() -> None
     run(main)
 
 
+def test_a_version_that_nobody_serves_is_named_where_it_was_asked_for() -> None:
+    class Later(Fares, name="fares", version="9.0"):
+        pass
+
+    async def main() -> None:
+        clock = FakeClock()
+
+        async def fare(trip_id: str) -> float:
+            return 1.0
+
+        async with (
+            serve(fares(fare), at="memory://v", clock=clock),
+            connect(Later, "memory://v", clock=clock) as client,
+        ):
+            call = asyncio.ensure_future(client.fare("t-1"))
+            await clock.advance(2)
+            with pytest.raises(DeadlineExceeded, match=r"at memory://v \(channel fares\.v9\.fare\)"):
+                await call
+
+    run(main)
+
+
 def test_a_timeout_leaves_the_task_of_the_caller_uncancelled() -> None:
     async def main() -> None:
         clock = FakeClock()

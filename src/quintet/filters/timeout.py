@@ -27,7 +27,8 @@ class _Timer(Struct, eq=False):
 
 def client(guarded: Guarded, handler: Handler) -> Handler:
     name, clock, watch = guarded.operation.full_name, guarded.clock, guarded.watch
-    where = f" at {guarded.where}" if guarded.where else ""
+    operation = guarded.operation  # its channel names the version, which may be what nobody serves there
+    where = f" at {guarded.where} (channel {operation.channel.name})" if guarded.where else ""
     get_running_loop, current_task = asyncio.get_running_loop, asyncio.current_task
 
     latest: tuple[asyncio.AbstractEventLoop | None, Wheel] = (None, Wheel(clock))
