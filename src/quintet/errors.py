@@ -22,6 +22,7 @@ QuintetError
 │   ├── NotAcceptable             the receiver does not write this format              failed
 │   └── UnknownPending            no pending answer of that id                         failed
 ├── TransportError                a transport or its broker failed outside a call (corrupt file, disk full, port in use)
+│   └── ProtocolError             the bytes that came are none of the wire's: the connection is given up
 ├── Declined                      a responder that does not answer a survey (raised by handlers)
 └── Fault                         a failure that the contract declares: an answer (contract.py)
 """
@@ -64,6 +65,10 @@ class CannotCarry(ConfigurationError):
 
 class TransportError(QuintetError):
     """A transport or its broker failed outside a call."""
+
+
+class ProtocolError(TransportError):
+    """What came from the other end is none of its wire's frames, or over a limit: the connection is given up."""
 
 
 class Declined(QuintetError):
