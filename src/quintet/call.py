@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Protocol, Self, TypeVar
 
 from msgspec import Struct
+
+from quintet.message import Native
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,6 +23,7 @@ class Options(Struct, frozen=True, kw_only=True):
     headers: Mapping[str, str] = {}
     expires: float | None = None
     id: str = ""
+    native: tuple[Native, ...] = ()
 
 
 DEFAULTS = Options()
@@ -86,10 +89,12 @@ class Call(Generic[P, R]):
         headers: Mapping[str, str] | None = None,
         expires: float | None = None,
         id: str = "",  # noqa: A002 - the word for it
+        native: Sequence[Native] = (),
     ) -> Self:
         """The same call with other options: `timeout` in seconds, `key` for order, the user's `headers`, and after
-        how many seconds a queued message `expires`. `id`: the message's, by which a repeat of it is known as one."""
-        options = Options(timeout=timeout, key=key, headers=headers or {}, expires=expires, id=id)
+        how many seconds a queued message `expires`. `id`: the message's, by which a repeat of it is known as one.
+        `native`: what one transport alone can do, as `amqp.Publish(priority=5)`; others pass over it."""
+        options = Options(timeout=timeout, key=key, headers=headers or {}, expires=expires, id=id, native=tuple(native))
         return type(self)(self._line, options)
 
     async def reply(self, *args: P.args, **kwargs: P.kwargs) -> Reply[R]:

@@ -75,6 +75,7 @@ class Carriers:
             if resolver_of(address):
                 raise AddressError(f"{address} says where to look for a service to call: nothing is served there")
             found = open_address(address, self.clock)
+            found.tell = self.watch.tell
             await found.open()
             stack = self._stacks[address] = AsyncExitStack()
             stack.callback(self.watch.tell, "disconnected", str(found.address))
@@ -236,6 +237,7 @@ class Sender:
             message.id = options.id or message.id
             message.key = options.key or message.key
             message.headers.update(options.headers)
+            message.native = options.native
             now = self.clock.now()
             if options.timeout is not None:
                 message.until = now + options.timeout

@@ -255,7 +255,10 @@ class Operation(Generic[P, R, S]):
         """Where its messages go; the major version is part of the name."""
         info = self.contract.__quintet__
         return Channel(
-            f"{info.name}.v{info.major}.{self.name}", fanout=self.style in FANOUT, durable=self.style in DURABLE
+            f"{info.name}.v{info.major}.{self.name}",
+            fanout=self.style in FANOUT,
+            durable=self.style in DURABLE,
+            keyed=bool(self.key_of) and self.style in DURABLE,
         )
 
     @cached_property

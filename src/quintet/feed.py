@@ -24,7 +24,7 @@ from quintet.meter import CLIENTS, SERVERS, Latencies, Meter, meters
 from quintet.outcome import OUTCOMES
 from quintet.policy import Breaker
 from quintet.record import Exchange, Recorder
-from quintet.transport import ChannelState, DeadLetter, Done, Inspectable, Shown, Transport, Verdict
+from quintet.transport import ChannelState, Counting, DeadLetter, Done, Letters, Shown, Transport, Verdict
 
 log = logging.getLogger("quintet.feed")
 
@@ -323,15 +323,17 @@ class Feed:
             return
         before, found = {state.address: state for state in self._addresses}, list[AddressState]()
         for transport in self._transports():
-            if isinstance(transport, Inspectable):
+            if isinstance(transport, Counting):
                 address = str(transport.address)
                 with contextlib.suppress(CallError, TransportError):  # what cannot be looked at now is left out
                     channels = list(await transport.channels())
                     dead, known = sum(channel.dead for channel in channels), before.get(address)
                     if known is not None and dead == self._dead.get(address):
                         letters = known.letters
+                    elif dead and isinstance(transport, Letters):
+                        letters = [_letter(letter) for letter in (await transport.dead())[-LETTERS:]]
                     else:
-                        letters = [_letter(letter) for letter in (await transport.dead())[-LETTERS:]] if dead else []
+                        letters = []
                     self._dead[address] = dead
                     found.append(AddressState(address=address, channels=channels, letters=letters))
         now = self._clock.now()
@@ -370,7 +372,7 @@ class Feed:
 
     async def _replay(self, order: Order) -> str:
         for transport in self._transports():
-            if isinstance(transport, Inspectable) and str(transport.address) == order.address:
+            if isinstance(transport, Letters) and str(transport.address) == order.address:
                 count = await transport.replay(order.ids)
                 self._look_at, self._dead = 0.0, {}
                 return f"{count} of {len(order.ids)} dead letters replayed at {order.address}"

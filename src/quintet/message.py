@@ -5,9 +5,21 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from msgspec import Struct
+
+
+class Native(Struct, frozen=True):
+    """Options of one transport for a channel or a message; each transport that has any derives its own kinds."""
+
+
+N = TypeVar("N", bound=Native)
+
+
+def native_of(options: tuple[Native, ...], kind: type[N], default: N) -> N:
+    """The options of this kind among those given, the first where there are several."""
+    return next((option for option in options if isinstance(option, kind)), default)
 
 
 class Channel(Struct, frozen=True, cache_hash=True):
@@ -16,14 +28,21 @@ class Channel(Struct, frozen=True, cache_hash=True):
     `fanout`: every group receives a copy, one member of each; otherwise one receiver gets it.
     `durable`: accepted means on disk, where the transport can; requests and surveys are not, their caller waits.
     `temporary`: belongs to the one process that serves it and goes with it (replies, every-instance groups).
+    `keyed`: its messages have keys, and those of one key are handled in order, where the transport is ORDERED.
+    `replies`: takes the replies to this process, which reach it by what its transport writes as their address.
     `route`: what a REST binding serves this channel under, as "GET /v1/passengers/{passenger_id}".
+    `native`: what one transport alone can do, in its own typed options (`quintet.transports.amqp.Queue`); the others
+    pass over them.
     """
 
     name: str
     fanout: bool = False
     durable: bool = False
     temporary: bool = False
+    keyed: bool = False
+    replies: bool = False
     route: str = ""
+    native: tuple[Native, ...] = ()
 
 
 class Message(Struct, kw_only=True):
@@ -52,6 +71,7 @@ class Message(Struct, kw_only=True):
     begun: float = 0.0
     attempt: int = 1
     headers: dict[str, str] = {}
+    native: tuple[Native, ...] = ()
 
     def __repr__(self) -> str:
         failed = f", {self.status}" if self.status else ""

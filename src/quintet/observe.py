@@ -17,7 +17,7 @@ from quintet.clock import Clock, Handle
 from quintet.errors import CallError, TransportError
 from quintet.meter import CLIENTS, Meter, ShownOutstanding, meters
 from quintet.outcome import OUTCOMES
-from quintet.transport import ChannelState, Inspectable, Page, Shown, Transport
+from quintet.transport import ChannelState, Counting, Page, Shown, Transport
 
 LOOK = 1.0  # seconds between two snapshots of the counts
 LOOKS_OF_LATENCIES = 10  # every so many snapshots of the counts there is one of the latencies, which are many
@@ -158,7 +158,7 @@ class Observer:
     async def metrics(self, headers: Mapping[str, str]) -> Shown:
         channels: list[ChannelState] = []
         for transport in self._transports():
-            if isinstance(transport, Inspectable):
+            if isinstance(transport, Counting):
                 try:
                     channels += await transport.channels()
                 except (CallError, TransportError):
@@ -170,8 +170,10 @@ class Observer:
         return Shown(self._stream(), "text/event-stream;charset=UTF-8")
 
     async def ready(self, headers: Mapping[str, str]) -> Shown:  # noqa: ARG002
-        state = {"status": "draining" if self._ended else "ready"}
-        return Shown(msgspec.json.encode(state), "application/json", 503 if self._ended else 200)
+        away = [str(transport.address) for transport in self._transports() if not transport.connected]
+        status = "draining" if self._ended else "disconnected" if away else "ready"
+        state = {"status": status} | ({"away": away} if away else {})
+        return Shown(msgspec.json.encode(state), "application/json", 200 if status == "ready" else 503)
 
     async def _stream(self) -> AsyncGenerator[bytes, None]:
         woken = asyncio.Event()

@@ -18,7 +18,7 @@ class Replies:
 
     def __init__(self, transport: Transport, owner: str) -> None:
         self._transport = transport
-        self._channel = Channel(f"replies.{owner}.{new_id()}", temporary=True)
+        self._channel = Channel(f"replies.{owner}.{new_id()}", temporary=True, replies=True)
         self._waiting: dict[str, Callable[[Message], None]] = {}
         self._serving: Serving | None = None
         self._loop: asyncio.AbstractEventLoop | None = None  # to ask for the running one on each call costs more

@@ -15,7 +15,7 @@ from msgspec import Struct, structs
 from msgspec.structs import asdict, astuple
 
 from quintet.binding import DECLINED, Bound, bind
-from quintet.call import Answer
+from quintet.call import DEFAULTS, Answer, Options
 from quintet.client import Carriers, Sender, plug
 from quintet.clock import SYSTEM, Clock
 from quintet.compiler import model_of
@@ -36,7 +36,7 @@ from quintet.errors import (
 from quintet.feed import ORDERS, TOKEN, Feed, Newest
 from quintet.filter import Guarded, State, server_chain
 from quintet.gate import Gate
-from quintet.message import Channel, Handler, Message, new_id
+from quintet.message import Channel, Handler, Message, Native, new_id
 from quintet.observe import Observer
 from quintet.pending import PendingWork, StillPending
 from quintet.policy import DEFAULT, Bulkhead, Policies, Policy
@@ -65,6 +65,7 @@ class Handling(Struct, frozen=True):
     function: Callable[..., Awaitable[Any]]
     every_instance: bool
     redelivery: Redelivery
+    native: tuple[Native, ...] = ()
     own: bool = True  # the user's function: what it raises stays inside, but for declared faults
 
 
@@ -123,11 +124,17 @@ class Service:
         return f"<service {self.name}, {len(self.handlings)} handlers{', running' if self.running else ''}>"
 
     def handles(
-        self, operation: Operation[P, R, Any], *, every_instance: bool = False, redelivery: Redelivery | None = None
+        self,
+        operation: Operation[P, R, Any],
+        *,
+        every_instance: bool = False,
+        redelivery: Redelivery | None = None,
+        native: Sequence[Native] = (),
     ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
         """Decorates the coroutine function that handles an operation: this service's own, or another's event or survey.
 
-        `every_instance`: each process of this service gets its own copy of an event. Raises ConfigurationError.
+        `every_instance`: each process of this service gets its own copy of an event. `native`: what one transport alone
+        can do for the channel, as `amqp.Queue(max_priority=9)`; others pass over it. Raises ConfigurationError.
         """
 
         def register(function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
@@ -143,7 +150,9 @@ class Service:
             if every_instance and operation.style not in FANOUT:
                 raise ConfigurationError(f"{where}: every_instance= is for events and surveys")
             _check_signature(operation, function, where)
-            self.handlings[operation] = Handling(operation, function, every_instance, redelivery or self.redelivery)
+            self.handlings[operation] = Handling(
+                operation, function, every_instance, redelivery or self.redelivery, tuple(native)
+            )
             return function
 
         return register
@@ -157,8 +166,25 @@ class Service:
 
     async def publish(self, operation: Operation[P, None, Event], *args: P.args, **kwargs: P.kwargs) -> None:
         """Publishes an event of this service's contract; returns once it is accepted. Raises CallError."""
-        sender = self._running().outlet(operation, Style.EVENT)
-        await sender.send(sender.prepare(args, kwargs))
+        await self._running().publish(operation, args, kwargs, DEFAULTS)
+
+    def using(
+        self,
+        *,
+        timeout: float | None = None,
+        key: str = "",
+        headers: Mapping[str, str] | None = None,
+        expires: float | None = None,
+        id: str = "",  # noqa: A002 - the word for it
+        native: Sequence[Native] = (),
+    ) -> Publishing:
+        """What `using` is on a call: `await service.using(headers={...}).publish(Trips.created, trip)`."""
+        options = Options(timeout=timeout, key=key, headers=headers or {}, expires=expires, id=id, native=tuple(native))
+        return Publishing(self, options)
+
+    async def transport(self, address: str) -> Transport:
+        """The open transport of one of the running service's addresses; its `native` is the broker's own connection."""
+        return await self._running().carriers.reach(address)
 
     def ask(self, operation: Operation[P, R, Survey], *args: P.args, **kwargs: P.kwargs) -> Question[R]:
         """Asks a survey of this service's contract: `async with service.ask(...).within(2.0, enough=3) as answers`."""
@@ -169,6 +195,18 @@ class Service:
         if self.running is None:
             raise QuintetError(f"service {self.name} is not running: use `async with serve(...)` or `quintet serve`")
         return self.running
+
+
+class Publishing:
+    """Publishes the events of a service with other options than usual."""
+
+    def __init__(self, service: Service, options: Options) -> None:
+        self._service = service
+        self._options = options
+
+    async def publish(self, operation: Operation[P, None, Event], *args: P.args, **kwargs: P.kwargs) -> None:
+        """As Service.publish."""
+        await self._service._running().publish(operation, args, kwargs, self._options)
 
 
 def _place(function: Callable[..., Any]) -> str:
@@ -362,6 +400,12 @@ class Running:
             )
         return found
 
+    async def publish(
+        self, operation: AnyOperation, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options
+    ) -> None:
+        sender = self.outlet(operation, Style.EVENT)
+        await sender.send(sender.prepare(args, kwargs, options))
+
     def home(self, operation: AnyOperation) -> Transport:
         return self._homes[operation]
 
@@ -392,6 +436,8 @@ class Running:
     async def _listen(self, transport: Transport, handling: Handling) -> None:
         bound = bind(transport.binding, handling.operation, self._format)
         group, channel = self.service.name, bound.channel
+        if handling.native:
+            channel = structs.replace(channel, native=handling.native)
         if handling.every_instance:
             group, channel = f"{group}.{new_id()}", _temporary(channel)
         await self._take(transport, channel, self._receiver(transport, handling, bound, group), group)

@@ -7,13 +7,13 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from enum import Enum
-from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from msgspec import Struct
 
 from quintet.clock import SYSTEM, Clock
-from quintet.errors import AddressError
+from quintet.errors import AddressError, Unavailable
 from quintet.message import Channel, Message
 
 
@@ -73,6 +73,8 @@ class Address(Struct, frozen=True):
     options: dict[str, str]
     user: str = ""
     password: str = ""
+    hosts: tuple[tuple[str, int | None], ...] = ()
+    """All hosts and their ports, where a broker has several addresses: `amqp://one:5672,two:5672/`."""
 
     def __str__(self) -> str:
         return self.text.replace(f":{self.password}@", ":***@") if self.password else self.text
@@ -83,6 +85,26 @@ class Address(Struct, frozen=True):
             return float(self.options.get(name, default))
         except ValueError:
             raise AddressError(f"{self}: option {name}={self.options[name]!r} is not a number") from None
+
+
+class Tell(Protocol):
+    """Tells what happened to a connection; its subject is the address."""
+
+    def __call__(self, kind: Literal["connected", "disconnected"], subject: str, reason: object = "") -> None: ...
+
+
+def _tell_nobody(kind: Literal["connected", "disconnected"], subject: str, reason: object = "") -> None:
+    """Where nobody listens."""
+
+
+class Finding(Struct, frozen=True):
+    """One thing that `quintet doctor` says of a broker."""
+
+    what: str
+    """As "version" or "delayed redelivery"."""
+    says: str
+    well: bool = True
+    """False where something that a service may need would not work; then `says` tells what to do instead."""
 
 
 class Transport(ABC):
@@ -99,6 +121,21 @@ class Transport(ABC):
     def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
         self.address = address
         self.clock = clock
+        self.tell: Tell = _tell_nobody  # of the loss of the connection to a broker, and of its return
+
+    @property
+    def connected(self) -> bool:
+        """False while its broker is away: what is sent waits, and the health page says so."""
+        return True
+
+    @property
+    def native(self) -> Any:
+        """The connection of the broker's own kind, for what only this broker can do. Raises Unavailable."""
+        raise Unavailable(f"{self!r} has no native connection")
+
+    async def examine(self) -> Sequence[Finding]:
+        """What an opened transport finds out about its broker: version, what it allows, what would not work."""
+        return ()
 
     def __repr__(self) -> str:
         return f"<{type(self).__module__.rpartition('.')[2]} {self.address}>"
@@ -134,6 +171,8 @@ class DeadLetter(Struct, kw_only=True):
     attempts: int
     died_at: float
     message: Message
+    times: Sequence[float] = ()
+    """When its attempts failed, in seconds of the wall clock, as far as the transport knows."""
 
 
 class ChannelState(Struct, kw_only=True):
@@ -145,7 +184,7 @@ class ChannelState(Struct, kw_only=True):
     in_work: int
     dead: int
     oldest: float | None
-    """Seconds that the oldest waiting message is old."""
+    """Seconds that the oldest waiting message is old; None where nothing waits, or the broker does not tell."""
 
 
 class Shown(Struct, frozen=True):
@@ -168,15 +207,25 @@ class Showing(Protocol):
 
 
 @runtime_checkable
-class Inspectable(Protocol):
-    """A transport whose channels can be looked at: `quintet tail` and `quintet dead` ask for it."""
+class Tailing(Protocol):
+    """A transport whose messages can be watched: `quintet tail` asks for it."""
 
     def tail(self, channel: str) -> AsyncIterator[Message]:
         """Each message that is sent to the channel from now on, without taking it from anyone.
         `*` at the end matches any rest."""
         ...
 
+
+@runtime_checkable
+class Counting(Protocol):
+    """A transport that knows what waits in its channels: /metrics and the dashboard ask for it."""
+
     async def channels(self) -> Sequence[ChannelState]: ...
+
+
+@runtime_checkable
+class Letters(Protocol):
+    """A transport that keeps dead letters: `quintet dead` asks for it."""
 
     async def dead(self, channel: str | None = None) -> Sequence[DeadLetter]:
         """Oldest first."""
@@ -199,18 +248,20 @@ def parse_address(text: str) -> Address:
             f"{text!r} is no address: write scheme://..., as http://127.0.0.1:8001 or sqlite:///rides.db"
         )
     try:
-        port = parts.port
+        each = [urlsplit(f"//{host}") for host in parts.netloc.rpartition("@")[2].split(",")]
+        hosts = tuple((one.hostname or "", one.port) for one in each)
     except ValueError:
         raise AddressError(f"{text!r}: the port must be a number from 0 to 65535") from None
     return Address(
         text=text,
         scheme=parts.scheme,
-        host=parts.hostname or "",
-        port=port,
+        host=hosts[0][0],
+        port=hosts[0][1],
         path=unquote(parts.path),
         options=dict(parse_qsl(parts.query, keep_blank_values=True)),
         user=unquote(parts.username or ""),
         password=unquote(parts.password or ""),
+        hosts=hosts,
     )
 
 

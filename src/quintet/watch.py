@@ -41,8 +41,8 @@ KINDS: dict[Kind, tuple[int, str]] = {
     "hedged": (logging.DEBUG, "another attempt is made beside one that is slow"),
     "fell-back": (logging.DEBUG, "a fallback answered instead"),
     "dead-letter": (logging.ERROR, "a message was given up"),
-    "connected": (logging.DEBUG, "a transport was opened"),
-    "disconnected": (logging.DEBUG, "a transport was closed"),
+    "connected": (logging.DEBUG, "a transport was opened, or its broker is back"),
+    "disconnected": (logging.INFO, "a transport was closed, or its broker went away: what is sent waits"),
     "draining": (logging.INFO, "a service takes no more, and ends what it has in work"),
 }
 """What can happen: how loud its line in the log is, and what it means."""

@@ -34,7 +34,7 @@ from quintet.client import Carriers
 from quintet.message import Channel, Message, new_id
 from quintet.record import read
 from quintet.testing import FakeClock
-from quintet.transport import Inspectable
+from quintet.transport import Letters
 
 TRIP = Trip("t-1", Place(1.5))
 
@@ -258,7 +258,7 @@ def test_a_notification_is_retried_with_growing_delay_and_then_dead() -> None:
             assert 0.5 <= first <= 1.0 <= second <= 2.0
             carriers = Carriers("test", clock)
             transport = await carriers.reach("memory://")
-            assert isinstance(transport, Inspectable)
+            assert isinstance(transport, Letters)
             (letter,) = await transport.dead()
             assert letter.reason == "ValueError: not today (attempt 3 of 3)"
             await carriers.close()
@@ -285,7 +285,7 @@ def test_a_message_that_cannot_be_read_is_dead_at_once_and_the_service_goes_on()
                 )
             await client.pickup_requested("t-1", Place(1))
             await handled.wait()
-            assert isinstance(transport, Inspectable)
+            assert isinstance(transport, Letters)
             assert len(await transport.dead()) == 4
             await carriers.close()
 

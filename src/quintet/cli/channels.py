@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -18,7 +18,18 @@ from quintet.cli.exits import run
 from quintet.errors import ConfigurationError, QuintetError
 from quintet.format import by_media_type, format_named
 from quintet.message import Message
-from quintet.transport import DeadLetter, Inspectable, Trait, Transport, carrier, open_address, parse_address, schemes
+from quintet.transport import (
+    Counting,
+    DeadLetter,
+    Letters,
+    Tailing,
+    Trait,
+    Transport,
+    carrier,
+    open_address,
+    parse_address,
+    schemes,
+)
 
 TAIL_EXAMPLES = """\b
 Examples:
@@ -52,11 +63,13 @@ def tail(
 
 
 async def _tail(channel: str, address: str, count: int, json: bool) -> None:
-    async with _looking_into(address) as transport:
+    async with _looking_into(address, Tailing) as transport:
         messages = transport.tail(channel)
-        there = sorted({state.channel for state in await transport.channels()})
-        if not any(fnmatchcase(name, channel) for name in there):
-            _note(f"no channel {channel} there yet; there are: {', '.join(there) or 'none'}")
+        there = sorted(
+            {state.channel for state in await transport.channels()} if isinstance(transport, Counting) else ()
+        )
+        if there and not any(fnmatchcase(name, channel) for name in there):
+            _note(f"no channel {channel} there yet; there are: {', '.join(there)}")
         _note(f"watching {channel} at {address}; Ctrl-C ends it")
         seen = 0
         async for message in messages:
@@ -122,7 +135,7 @@ def list_dead(at: At, channel: OfChannel = "", json: Json = False) -> None:
 
 
 async def _list(at: str, channel: str, json: bool) -> None:
-    async with _looking_into(at) as transport:
+    async with _looking_into(at, Letters) as transport:
         letters = await transport.dead(channel or None)
     for letter in letters:
         print(_letter_as_json(letter) if json else f"{letter.id}  {_head(letter)}  {letter.reason}")
@@ -137,12 +150,14 @@ def show_dead(ids: Ids, at: At, json: Json = False) -> None:
 
 
 async def _show(ids: list[str], at: str, json: bool) -> None:
-    async with _looking_into(at) as transport:
+    async with _looking_into(at, Letters) as transport:
         for letter in await _chosen(transport, ids, False, ""):
             if json:
                 print(_letter_as_json(letter))
                 continue
             print(f"{letter.id}  {_head(letter)}\n  reason: {letter.reason}")
+            if letter.times:
+                print(f"  attempts failed at: {', '.join(map(_moment, letter.times))}")
             for name, value in _fields(letter.message).items():
                 if value and name not in ("id", "channel", "attempt"):
                     print(f"  {name}: {value if isinstance(value, str) else msgspec.json.encode(value).decode()}")
@@ -175,7 +190,7 @@ async def _each_batch(verb: str, at: str, ids: list[str], everything: bool, chan
     from rich.console import Console
     from rich.progress import track
 
-    async with _looking_into(at) as transport:
+    async with _looking_into(at, Letters) as transport:
         chosen = list(dict.fromkeys(letter.id for letter in await _chosen(transport, ids, everything, channel)))
         act = transport.replay if verb == "replay" else transport.drop
         batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
@@ -189,7 +204,7 @@ async def _each_batch(verb: str, at: str, ids: list[str], everything: bool, chan
         _note(f"{len(chosen) - total} are left: taken by another, or the service that failed on them is known no more")
 
 
-async def _chosen(transport: _Inspected, ids: list[str], everything: bool, channel: str) -> Sequence[DeadLetter]:
+async def _chosen(transport: Letters, ids: list[str], everything: bool, channel: str) -> Sequence[DeadLetter]:
     if everything == bool(ids):
         raise ConfigurationError("name dead letters by their ids, or all of them with --all")
     letters = await transport.dead(channel or None)
@@ -203,9 +218,12 @@ async def _chosen(transport: _Inspected, ids: list[str], everything: bool, chann
 
 
 def _head(letter: DeadLetter) -> str:
-    died = datetime.fromtimestamp(letter.died_at).astimezone().isoformat(" ", "seconds")
     group = f" ({letter.group})" if letter.group else ""
-    return f"{died}  {letter.channel}{group}  {letter.attempts} attempts"
+    return f"{_moment(letter.died_at)}  {letter.channel}{group}  {letter.attempts} attempts"
+
+
+def _moment(wall: float) -> str:
+    return datetime.fromtimestamp(wall).astimezone().isoformat(" ", "seconds")
 
 
 def _letter_as_json(letter: DeadLetter) -> str:
@@ -216,21 +234,18 @@ def _letter_as_json(letter: DeadLetter) -> str:
         reason=letter.reason,
         attempts=letter.attempts,
         died_at=letter.died_at,
+        times=letter.times,
     )
 
 
-class _Inspected(Inspectable, Protocol):
-    """A transport that is open, and whose channels can be looked at."""
-
-
 @asynccontextmanager
-async def _looking_into(address: str) -> AsyncGenerator[Any, None]:
+async def _looking_into(address: str, wanted: type) -> AsyncGenerator[Any, None]:
     """The open transport of an address. Raises ConfigurationError where it keeps no channels that could be seen."""
     found = carrier(parse_address(address))
-    if not issubclass(found, Inspectable):
+    if not issubclass(found, wanted):
         raise ConfigurationError(
-            f"{address}: this transport hands messages on and keeps none that could be looked at;"
-            f" these do: {', '.join(_that_keep())}"
+            f"{address}: this transport keeps nothing that could be looked at so;"
+            f" these do: {', '.join(_that_can(wanted))}"
         )
     transport: Transport = open_address(address)
     await transport.open()
@@ -240,9 +255,9 @@ async def _looking_into(address: str) -> AsyncGenerator[Any, None]:
         await transport.close()
 
 
-def _that_keep() -> list[str]:
+def _that_can(wanted: type) -> list[str]:
     found = {scheme: carrier(parse_address(f"{scheme}://x/x")) for scheme in schemes()}
-    return [scheme for scheme, kind in found.items() if issubclass(kind, Inspectable) and Trait.DURABLE in kind.traits]
+    return [scheme for scheme, kind in found.items() if issubclass(kind, wanted) and Trait.DURABLE in kind.traits]
 
 
 def _note(text: str) -> None:

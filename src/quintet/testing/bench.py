@@ -101,10 +101,16 @@ class Bench:
         return f"check.{hint}.{next(self._names)}.{self._run}"
 
     def channel(
-        self, hint: str = "work", *, fanout: bool = False, durable: bool = False, temporary: bool = False
+        self,
+        hint: str = "work",
+        *,
+        fanout: bool = False,
+        durable: bool = False,
+        temporary: bool = False,
+        keyed: bool = False,
     ) -> Channel:
         name = self.name(hint)
-        return Channel(name, fanout=fanout, durable=durable, temporary=temporary, route=f"POST /{name}")
+        return Channel(name, fanout=fanout, durable=durable, temporary=temporary, keyed=keyed, route=f"POST /{name}")
 
     def message(self, channel: Channel, body: bytes = b"", **fields: Any) -> Message:
         """A message fit for every kind of transport: the pseudo headers are what REST sends it by."""

@@ -348,7 +348,7 @@ class Carrier(Transport):
         if trait not in self.traits:
             raise CannotCarry(f"{self.address} cannot carry {channel.name}: no {trait.name}, which {trait.value}")
 
-    # Inspectable
+    # Tailing, Counting, Letters
 
     def observe(self, observer: Observer) -> None:
         """Has the observer called with each message sent and each verdict, on all of the bus, as long as it lives."""

@@ -177,7 +177,7 @@ class Carrier(Transport):
         context = {"message": f"{self!r}: {error}", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
 
-    # Inspectable
+    # Tailing, Counting, Letters
 
     def tail(self, channel: str) -> _Tail:
         tail = _Tail(self, channel)
