@@ -340,7 +340,7 @@ class Connection(Generic[S]):
                 if self._closed:
                     await link.end()
                 session.lost(self._error or Lost("the connection was closed"))
-            self._tell("disconnected", str(self.address), _sentence(self._error))
+            self._tell("broker-lost", str(self.address), _sentence(self._error))
             pause = PAUSE_FIRST
             while True:
                 try:
@@ -351,7 +351,7 @@ class Connection(Generic[S]):
                     pause = min(pause * 2, PAUSE_LONGEST)
                 else:
                     break
-            self._tell("connected", str(self.address))
+            self._tell("broker-back", str(self.address))
 
     async def _connect(self) -> tuple[Link, S]:
         """Tries each host in turn, first the one that was well the last time."""

@@ -90,10 +90,10 @@ class Address(Struct, frozen=True):
 class Tell(Protocol):
     """Tells what happened to a connection; its subject is the address."""
 
-    def __call__(self, kind: Literal["connected", "disconnected"], subject: str, reason: object = "") -> None: ...
+    def __call__(self, kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None: ...
 
 
-def _tell_nobody(kind: Literal["connected", "disconnected"], subject: str, reason: object = "") -> None:
+def _tell_nobody(kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None:
     """Where nobody listens."""
 
 

@@ -27,6 +27,8 @@ Kind: TypeAlias = Literal[
     "dead-letter",
     "connected",
     "disconnected",
+    "broker-lost",
+    "broker-back",
     "draining",
 ]
 
@@ -41,8 +43,10 @@ KINDS: dict[Kind, tuple[int, str]] = {
     "hedged": (logging.DEBUG, "another attempt is made beside one that is slow"),
     "fell-back": (logging.DEBUG, "a fallback answered instead"),
     "dead-letter": (logging.ERROR, "a message was given up"),
-    "connected": (logging.DEBUG, "a transport was opened, or its broker is back"),
-    "disconnected": (logging.INFO, "a transport was closed, or its broker went away: what is sent waits"),
+    "connected": (logging.DEBUG, "a transport was opened"),
+    "disconnected": (logging.DEBUG, "a transport was closed"),
+    "broker-lost": (logging.WARNING, "a transport's broker went away: what is sent waits, and it is looked for"),
+    "broker-back": (logging.WARNING, "it is back: what waited is sent, and channels are served again"),
     "draining": (logging.INFO, "a service takes no more, and ends what it has in work"),
 }
 """What can happen: how loud its line in the log is, and what it means."""

@@ -244,8 +244,7 @@ async def _looking_into(address: str, wanted: type) -> AsyncGenerator[Any, None]
     found = carrier(parse_address(address))
     if not issubclass(found, wanted):
         raise ConfigurationError(
-            f"{address}: this transport keeps nothing that could be looked at so;"
-            f" these do: {', '.join(_that_can(wanted))}"
+            f"{address}: this transport keeps none that could be looked at; these do: {', '.join(_that_can(wanted))}"
         )
     transport: Transport = open_address(address)
     await transport.open()
