@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from quintet.cli import call, channels, dashboard, describe, exits, mock, new, policy, serve, up
+from quintet.cli import bridge, call, channels, dashboard, describe, doctor, exits, mock, new, policy, serve, up
 from quintet.errors import QuintetError
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ for command, summary, examples in (
     (dashboard.dashboard, "Show all services on one page, as they run.", dashboard.EXAMPLES),
     (call.call, "Call an operation, in whichever of the five styles.", call.EXAMPLES),
     (channels.tail, "Watch a channel without taking from it.", channels.TAIL_EXAMPLES),
+    (bridge.bridge, "Move channels from one transport to another.", bridge.EXAMPLES),
+    (doctor.doctor, "Say whether an address works, and what would not.", doctor.EXAMPLES),
     (describe.describe, "Show a contract: operations, styles, types, carriers.", describe.EXAMPLES),
     (mock.mock, "Serve a contract that nobody has implemented yet.", mock.EXAMPLES),
     (new.new, "Write a project that runs and whose tests pass.", new.EXAMPLES),

@@ -16,7 +16,7 @@ import contextvars
 import logging
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import aclosing
 from email.utils import formatdate
 from functools import partial
@@ -43,7 +43,18 @@ from quintet.errors import (
 )
 from quintet.gate import Gate
 from quintet.message import Channel, Message
-from quintet.transport import Address, Done, Page, Receive, Serving, Shown, Trait, Transport, parse_address
+from quintet.transport import (
+    Address,
+    Done,
+    Finding,
+    Page,
+    Receive,
+    Serving,
+    Shown,
+    Trait,
+    Transport,
+    parse_address,
+)
 from quintet.wire.http import (
     MalformedHTTP,
     NotRouted,
@@ -99,6 +110,14 @@ class Carrier(Transport):
         request = request_bytes(message, pool.host, self.prefix, self.clock.now())
         connection = pool.take() or await pool.acquire()
         return read_response(await connection.exchange(request, message.headers.get(":method", "")), message)
+
+    async def examine(self) -> Sequence[Finding]:
+        """Asks for the health page. Raises Unavailable where nobody listens."""
+        asked = Message(channel=Channel("health"), headers={":method": "GET", ":path": "/health/ready"})
+        reply = await self.send(asked)
+        status = reply.headers.get(":status", "") if reply is not None else ""
+        says = f"GET /health/ready answers {status} {reply.body.decode(errors='replace')[:200] if reply else ''}"
+        return [Finding("health", says, well=status == "200")]
 
     async def serve(self, channel: Channel, receive: Receive, group: str, limit: int = 100) -> Serving:  # noqa: ARG002
         return self._server.add(channel, receive, limit)

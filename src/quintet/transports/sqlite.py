@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Awaitable, Sequence
 from typing import ClassVar, Self, TypeAlias
 
+import apsw
 from msgspec import DecodeError
 
 from quintet.clock import SYSTEM, Clock, Handle
 from quintet.database import Database, close_database, file_of, open_database, refusal
 from quintet.errors import AddressError, TransportError, Unavailable
 from quintet.message import Channel, Message
-from quintet.transport import Address, Again, ChannelState, Dead, DeadLetter, Done, Receive, Trait, Transport
+from quintet.transport import Address, Again, ChannelState, Dead, DeadLetter, Done, Finding, Receive, Trait, Transport
 from quintet.wire import sqlite as engine
 from quintet.workers import Workers
 
@@ -176,6 +177,13 @@ class Carrier(Transport):
         """A failure that no caller waits for: it is tried again at the next sign of life."""
         context = {"message": f"{self!r}: {error}", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
+
+    async def examine(self) -> Sequence[Finding]:
+        held = "until the disk has it" if self._to_disk else "not until the disk has it: a power cut may take the last"
+        return [
+            Finding("version", f"SQLite {apsw.sqlite_lib_version()}"),
+            Finding("accepted", held, well=self._to_disk),
+        ]
 
     # Tailing, Counting, Letters
 
