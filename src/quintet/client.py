@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from msgspec import structs
 
@@ -31,6 +31,7 @@ from quintet.errors import (
 from quintet.fallback import Fallbacks, what_was_asked
 from quintet.filter import Guarded, State, client_chain
 from quintet.message import Handler, Message, new_id
+from quintet.meter import CLIENTS, meters
 from quintet.policy import On, Policies, Policy, resolve
 from quintet.replies import Replies
 from quintet.resolver import Following, resolver_of
@@ -75,7 +76,7 @@ class Carriers:
             if resolver_of(address):
                 raise AddressError(f"{address} says where to look for a service to call: nothing is served there")
             found = open_address(address, self.clock)
-            found.tell = self.watch.tell
+            found.tell = self._heard
             await found.open()
             stack = self._stacks[address] = AsyncExitStack()
             stack.callback(self.watch.tell, "disconnected", str(found.address))
@@ -83,6 +84,14 @@ class Carriers:
             self._open[address] = found
             self.watch.tell("connected", str(found.address))
         return found
+
+    def _heard(self, kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None:
+        """A transport's broker went away or is back: then circuits that opened meanwhile need not wait any longer."""
+        self.watch.tell(kind, subject, reason)
+        if kind == "broker-back":
+            for meter in meters(CLIENTS):
+                if meter.circuit is not None and meter.watch in self._watches:
+                    meter.circuit.try_now()
 
     def opened(self) -> list[Transport]:
         return list(self._open.values())

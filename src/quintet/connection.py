@@ -24,6 +24,7 @@ CONNECT_SECONDS = 5.0  # that one host may take to be connected and greeted: som
 FIRST_SECONDS = 5.0  # that `open` goes on trying, before it says that no broker answers
 PAUSE_FIRST, PAUSE_LONGEST = 0.05, 1.0  # between two rounds of attempts, growing twofold, half of it by chance
 FAREWELL_SECONDS = 1.0
+SAYS_BEFORE = 0.02  # seconds before its sender's time is up that a message is said to be not sent
 UNSENT_HIGH = 1 << 20  # bytes that the socket may lag behind before senders wait
 
 TLS_OPTIONS: Final = frozenset({"ca", "cert", "certkey", "verify"})
@@ -294,18 +295,19 @@ class Connection(Generic[S]):
 
     async def ready(self, until: float | None) -> S:
         """The session, as soon as there is one. Raises Unavailable (not sent) where there is none by `until`, which is
-        monotonic time in seconds; None waits for ever."""
+        monotonic time in seconds; None waits for ever. It says so a moment before the caller's own time-out would,
+        which could only say that it does not know."""
         while self.session is None:
             if self._closed or self._keeper is None:
                 raise Unavailable(f"{self.address} is not open: open it first, and send before it is closed")
             self._up = self._up or asyncio.get_running_loop().create_future()
-            timer = None if until is None else self._clock.call_at(until, self._wake)
+            timer = None if until is None else self._clock.call_at(until - SAYS_BEFORE, self._wake)
             try:
                 await asyncio.shield(self._up)
             finally:
                 if timer is not None:
                     timer.cancel()
-            if self.session is None and until is not None and self._clock.now() >= until:
+            if self.session is None and until is not None and self._clock.now() >= until - SAYS_BEFORE:
                 raise Unavailable(f"{self.address}: not sent, the broker is away: {_sentence(self._error)}")
         return self.session
 

@@ -45,6 +45,7 @@ from quintet import (
     survey,
 )
 from quintet.compiler import model_of
+from quintet.message import Native
 from quintet.model import Alias, ContractModel, Deprecated, Facet, Float32, Int32, Number, Reserved
 
 
@@ -141,6 +142,7 @@ async def get(trip_id: str) -> Trip:
 async def create(pickup: Place, *, seats: int = 1) -> Trip:
     trip = Trip("t-1", pickup, seats)
     await service.publish(Trips.created, trip)
+    await service.using(key="t-1", headers={"x-city": "Zürich"}, native=[Native()]).publish(Trips.created, trip)
     await service.publish(Trips.changed, trip, before=State.WAITING)
     return trip
 

@@ -148,6 +148,7 @@ async def wait_for_nothing(client: blocking.Client[Trips]) -> None:
 
 async def send() -> None:
     await service.publish(Trips.created, 1)  # wrong: type of the event
+    await service.using(key="t-1").publish(Trips.created, 1)  # wrong: type of the event
     await service.publish(Trips.created)  # wrong: the event is missing
     await service.publish(Trips.get, "t-1")  # wrong: a request is not published
     await service.publish(Trips.offers, trip)  # wrong: a survey is not published

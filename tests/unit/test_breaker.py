@@ -161,6 +161,18 @@ def test_it_is_tried_again_after_the_open_time_and_not_before() -> None:
     run(main)
 
 
+def test_an_open_circuit_is_tried_at_once_when_what_made_it_open_may_be_over() -> None:
+    async def main() -> None:
+        service = await opened()
+        service.circuit.try_now()
+        assert await service.call() is None
+        assert service.circuit.state == "closed"
+        service.circuit.try_now()
+        assert service.circuit.state == "closed"
+
+    run(main)
+
+
 def test_of_a_hundred_concurrent_calls_exactly_one_is_the_probe() -> None:
     """Behaviour 7."""
 

@@ -331,6 +331,19 @@ def test_ready_says_that_it_drains_as_soon_as_it_does() -> None:
     run(main)
 
 
+def test_ready_says_which_broker_is_away() -> None:
+    class Away(Carrier):
+        connected = False
+
+    async def main() -> None:
+        there, away = Carrier(parse_address("memory://there")), Away(parse_address("memory://u:secret@away"))
+        observer = Observer(FakeClock(), lambda: [there, away])
+        shown = await observer.pages["/health/ready"]({})
+        assert (shown.status, shown.body) == (503, b'{"status":"disconnected","away":["memory://u:***@away"]}')
+
+    run(main)
+
+
 @pytest.mark.parametrize("observe", ["memory://", "sqlite:///never.db"])
 def test_an_address_that_cannot_show_pages_is_refused(observe: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)

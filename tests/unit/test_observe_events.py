@@ -31,10 +31,12 @@ from quintet import (
     serve,
 )
 from quintet.cli.serve import _Json
+from quintet.clock import Clock
 from quintet.filter import Guarded, client_chain, server_chain
 from quintet.message import Message
 from quintet.policy import DEFAULT
 from quintet.testing import FakeClock
+from quintet.transport import Transport, open_address
 from quintet.watch import KINDS, Watch
 
 
@@ -188,6 +190,46 @@ def test_dead_letters_connections_and_the_drain_are_told() -> None:
         letter = heard.all[1]
         assert (letter.subject, letter.owner, letter.attempt) == ("observed.created", "reader", 1)
         assert letter.reason == "ValueError: t-1 (attempt 1 of 1)"
+
+    run(main)
+
+
+def test_a_broker_that_is_back_is_told_and_the_circuits_that_opened_meanwhile_are_tried_at_once() -> None:
+    async def main() -> None:
+        heard, service = Heard(), Service(Trips)
+        down = True
+
+        @service.handles(Trips.get)
+        async def get(trip_id: str) -> str:
+            if down:
+                raise RuntimeError("broken")
+            return trip_id
+
+        opened: list[Transport] = []
+
+        def remember(address: str, clock: Clock) -> Transport:
+            opened.append(open_address(address, clock))
+            return opened[-1]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("quintet.client.open_address", remember)
+            async with (
+                serve(service, at="memory://back"),
+                connect(Trips, "memory://back", listener=heard) as trips,
+            ):
+                for _ in range(20):
+                    with pytest.raises(RemoteError):
+                        await trips.get("t-1")
+                with pytest.raises(CircuitOpen):
+                    await trips.get("t-1")
+                down = False
+                opened[1].tell("broker-lost", "memory://back", "killed")
+                with pytest.raises(CircuitOpen):
+                    await trips.get("t-1")
+                opened[1].tell("broker-back", "memory://back")
+                assert await trips.get("t-1") == "t-1"
+        told = [(one.kind, one.reason) for one in heard.all if one.kind.startswith("broker")]
+        assert told == [("broker-lost", "killed"), ("broker-back", "")]
 
     run(main)
 

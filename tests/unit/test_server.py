@@ -31,10 +31,11 @@ from quintet import (
     serve,
 )
 from quintet.client import Carriers
-from quintet.message import Channel, Message, new_id
+from quintet.message import Channel, Message, Native, new_id
 from quintet.record import read
 from quintet.testing import FakeClock
-from quintet.transport import Letters
+from quintet.transport import Letters, parse_address
+from quintet.transports.memory import Carrier as Memory
 
 TRIP = Trip("t-1", Place(1.5))
 
@@ -651,6 +652,42 @@ def test_a_style_that_no_address_can_carry_is_refused_at_start_up() -> None:
         with pytest.raises(CannotCarry, match=r"Trips.created \(publish/subscribe\).*http://127.0.0.1:0 lacks FANOUT"):
             async with serve(service, at="http://127.0.0.1:0"):
                 pass
+
+    run(main)
+
+
+def test_an_event_is_published_with_other_options_than_usual_and_a_channel_is_served_with_native_ones() -> None:
+    class Urgent(Native, frozen=True):
+        level: int
+
+    sent: list[Message] = []
+    served: list[Channel] = []
+
+    class Watched(Memory):
+        async def send(self, message: Message) -> Message | None:
+            sent.append(message)
+            return await super().send(message)
+
+        async def serve(self, channel: Channel, *more: Any, **named: Any) -> Any:
+            served.append(channel)
+            return await super().serve(channel, *more, **named)
+
+    async def main() -> None:
+        owner, reader = trips(), Service(name="reader")
+
+        @reader.handles(Trips.created, native=[Urgent(1)])
+        async def created(trip: Trip) -> None: ...
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("quintet.client.open_address", lambda text, clock: Watched(parse_address(text), clock))
+            async with serve(owner, reader, at="memory://native"):
+                options = owner.using(key="k", headers={"x-city": "Zürich"}, id="e-1", expires=60, native=[Urgent(2)])
+                await options.publish(Trips.created, TRIP)
+                assert isinstance(await owner.transport("memory://native"), Watched)
+        (event,) = [message for message in sent if message.channel.fanout]
+        assert (event.key, event.headers["x-city"], event.id, event.native) == ("k", "Zürich", "e-1", (Urgent(2),))
+        assert event.deadline is not None
+        assert [channel.native for channel in served if channel.name == "trips.v1.created"] == [(Urgent(1),)]
 
     run(main)
 

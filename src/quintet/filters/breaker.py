@@ -134,6 +134,11 @@ class Circuit:
             self.window.add(kind, self._now() if now is None else now)
             self.judge()
 
+    def try_now(self) -> None:
+        """What made the calls fail may be over: an open circuit lets its probes through with the next call."""
+        if self.state == "open":
+            self._until, self._reopened = self._now(), 0
+
     def judge(self) -> None:
         """Opens the closed circuit where too many calls of the window were bad."""
         good, slow, bad = self.window.counts
