@@ -441,7 +441,7 @@ def _poke(wake: socket.socket, address: str, text: str) -> bool:
 
 
 class MemoryDatabase(Database):
-    """The same in memory, for its opener alone: what is submitted is done at once."""
+    """The same in memory, for those who open it under one name: what is submitted is done at once."""
 
     def __init__(self) -> None:
         super().__init__(Path(":memory:"))
@@ -473,6 +473,7 @@ class MemoryDatabase(Database):
 
 
 _open: dict[Path, Database] = {}
+_shared: dict[str, MemoryDatabase] = {}  # those in memory that have a name
 _opening = threading.Lock()
 
 
@@ -483,8 +484,15 @@ def file_of(address: Address) -> Path:
     return Path(address.path[1:])
 
 
-async def open_database(path: Path | None) -> Database:
+def is_open(path: Path) -> bool:
+    """Whether this process has the file open."""
+    return path.resolve() in _open
+
+
+async def open_database(path: Path | None, shared: str = "") -> Database:
     """The database of the file, shared in this process, or a new one in memory; each needs one `close_database`.
+
+    `shared`: the name by which one in memory is shared, too, until its last user closes it.
 
     Raises TransportError where the file cannot be used: an old SQLite, no database, damaged, read-only, locked.
     """
@@ -494,7 +502,11 @@ async def open_database(path: Path | None) -> Database:
             "install apsw 3.51.3 or later from its wheel"
         )
     if path is None:
-        return MemoryDatabase()
+        found = _shared.get(shared) or MemoryDatabase()
+        found._users += 1
+        if shared:
+            _shared[shared] = found
+        return found
     opening = asyncio.get_running_loop().run_in_executor(None, _acquire, path)
     try:
         return await asyncio.shield(opening)
@@ -506,7 +518,11 @@ async def open_database(path: Path | None) -> Database:
 async def close_database(database: Database) -> None:
     """The last user of a database closes the file, after everything that was submitted is done."""
     if isinstance(database, MemoryDatabase):
-        database._close()
+        database._users -= 1
+        if database._users == 0:
+            for name in [name for name, known in _shared.items() if known is database]:
+                del _shared[name]
+            database._close()
         return
     await asyncio.sleep(0)  # what was submitted in this turn of the loop is handed over first
     await asyncio.to_thread(_release, database)

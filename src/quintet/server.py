@@ -38,9 +38,11 @@ from quintet.filter import Guarded, State, server_chain
 from quintet.gate import Gate
 from quintet.message import Channel, Handler, Message, Native, new_id
 from quintet.observe import Observer
+from quintet.outbox import Outbox, open_box
 from quintet.pending import PendingWork, StillPending
-from quintet.policy import DEFAULT, Bulkhead, Policies, Policy
+from quintet.policy import DEFAULT, Bulkhead, On, Policies, Policy
 from quintet.record import Exchange, Recorder
+from quintet.relay import POLICY, Relay
 from quintet.repeats import once
 from quintet.store import SeenStore, Store, open_seen, open_store
 from quintet.transport import DONE, Dead, Done, Receive, Serving, Showing, Trait, Transport, Verdict, parse_address
@@ -79,7 +81,8 @@ class Service:
     `max_body`: bytes that a message's body may have. `grace`: seconds that what is in work has to end when the service
     stops; what is longer is cancelled, and comes again where it was queued. `lifespan`: an async context manager
     around all. `idempotent`: a Store, or its address, that knows the repeats of a message for 7 days: what its handler
-    does through `current().store` is done once, and each repeat gets the same reply.
+    does through `current().store` is done once, and each repeat gets the same reply. `outbox`: the address of the
+    service's own database, whose transactions what is sent may belong to (outbox.py).
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Service:
         answers: str = "",
         keep_answers: float = 7 * 24 * 3600.0,
         idempotent: Store | str = "",
+        outbox: str = "",
         concurrency: int = 100,
         max_body: int = 4 * 1024 * 1024,
         grace: float = 30.0,
@@ -110,6 +114,7 @@ class Service:
         self.answers = answers or f"sqlite:///.quintet/{self.name}.db"
         self.keep_answers = keep_answers
         self.idempotent = idempotent
+        self.outbox = Outbox(self.name, outbox)
         self.concurrency = concurrency
         self.max_body = max_body
         self.grace = grace
@@ -335,6 +340,8 @@ class Running:
             self._seen = open_seen(service.idempotent, clock=self.clock)
             await self._seen.open()
             self._stack.push_async_callback(self._seen.close)
+        if service.outbox.address:
+            await self._relay()
         service.running = self
         if service.lifespan is not None:
             await self._stack.enter_async_context(service.lifespan(service))
@@ -386,9 +393,28 @@ class Running:
         transport = self._homes[operation] = await self.carriers.choose(operation, addresses)
         if operation.style is Style.SURVEY:
             await self.carriers.replies(transport)
+        self._outlets[operation] = self._sender(operation, DEFAULT)
+
+    def _sender(self, operation: AnyOperation, policy: Policy) -> Sender:
+        transport = self._homes[operation]
         bound = bind(transport.binding, operation, self._format)
-        guarded = Guarded(operation, DEFAULT, self.clock, watch=self._watch)
-        self._outlets[operation] = Sender(operation, bound, [transport.send], guarded, self.service.name)
+        guarded = Guarded(operation, policy, self.clock, watch=self._watch)
+        return Sender(operation, bound, [transport.send], guarded, self.service.name)
+
+    async def _relay(self) -> None:
+        """Sends what is in the outbox by ways of its own: it is not to wait for circuits that calls have opened."""
+        service = self.service
+        senders = [self._sender(operation, POLICY.over(DEFAULT)) for operation in self._outlets]
+        for client, policies in service.clients:
+            contract = type(client)
+            relayed, given = contract(), [policies] if isinstance(policies, Policy | On) else policies
+            addresses = self._connect[contract.__quintet__.name]
+            await plug(relayed, self.carriers, addresses, [*given, POLICY], self._format, service.name)
+            senders += [call._line.sender for call in relayed.__dict__.values()]
+        box = open_box(service.outbox.address, service.name, self.clock)
+        relay = Relay(box, senders, self._format, self.clock, self._watch)
+        self._stack.push_async_callback(relay.stop)
+        await relay.open(service.outbox)
 
     def outlet(self, operation: AnyOperation, style: Style) -> Sender:
         """What sends an own event or survey. Raises ConfigurationError for one that is not this service's."""

@@ -85,7 +85,7 @@ class _Store:
 
     async def open(self) -> None:
         """Opens the file and makes its tables. Raises TransportError."""
-        self._opened = await open_database(self._file)
+        self._opened = await open_database(self._file, shared=self._address.host)
         try:
             await self._opened.submit(_CREATE, self.schema)
             await self._opened.listen(self.topic, self._wake)
@@ -285,12 +285,14 @@ class Conflict(Exception):
 
 
 class Step(Struct):
-    """A statement of a handler, and what came of it: its rows, or the class of its error."""
+    """A statement of a handler, and what came of it: its rows, or the class of its error. `notify`: who is told, as
+    Transaction.notify does, once it is committed."""
 
     sql: str
     values: tuple[Any, ...]
     reads_only: bool = False
     outcome: list[Any] | type[Exception] | None = None
+    notify: tuple[str, str] | None = None
 
 
 class UnitOfWork:
@@ -316,8 +318,7 @@ class UnitOfWork:
         Raises apsw.ConstraintError, apsw.SQLError and the like for what is wrong in the statement, TransportError
         where the file fails. What is another each time, random() or the time, must be given as a value.
         """
-        if self.ended:
-            raise QuintetError("current().store: the handler has ended; execute what belongs to it before it returns")
+        self._check_it_goes_on()
         step = Step(sql, values, self._reads_only)
         try:
             step.outcome = rows = await self._store.rehearse([*self.steps, step])
@@ -330,6 +331,22 @@ class UnitOfWork:
             if step.outcome is not None:
                 self.steps.append(step)
         return rows
+
+    def enclose(self, database: Database, sql: str, *values: Any, notify: tuple[str, str]) -> None:
+        """Has a statement that gives no rows done with the others at the end, and somebody told of it.
+
+        Raises ConfigurationError where its table is in another database than the store.
+        """
+        self._check_it_goes_on()
+        if self._reads_only:
+            raise QuintetError("a GET changes nothing, and so it sends nothing; let its operation have another verb")
+        if self._store._database is not database:
+            raise ConfigurationError(f"{self._store!r} and {database!r} are two: one commit needs one")
+        self.steps.append(Step(sql, values, outcome=[], notify=notify))
+
+    def _check_it_goes_on(self) -> None:
+        if self.ended:
+            raise QuintetError("current().store: the handler has ended; execute what belongs to it before it returns")
 
 
 class SeenStore(_Store):
@@ -447,6 +464,9 @@ def _finish(transaction: Transaction, work: tuple[_Entry, Sequence[Step]]) -> by
             _run(transaction, steps)
     except Conflict as conflict:
         return conflict
+    for step in steps:
+        if step.notify:
+            transaction.notify(*step.notify)
     transaction.execute("INSERT INTO quintet_handled VALUES (?, ?, ?)", entry.id, entry.now, entry.reply)
     _release(transaction, entry.id)
     return None

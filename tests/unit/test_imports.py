@@ -15,6 +15,7 @@ ABOVE = {
     "client": "sides",
     "server": "sides",
     "mock": "sides",
+    "relay": "sides",
     "policy_file": "sides",
     "__main__": "cli",
 }  # beside the core's files, not of it
@@ -27,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resolvers": {"core"},
     "bindings": {"core", "wire"},
     "transports": {"core", "wire"},
+    "outboxes": {"core", "wire"},
     "idls": {"core", "wire"},
     "sides": {"core", "sides"},
     "quintet": {"core", "sides"},

@@ -166,9 +166,13 @@ async def harness(
             for kept in ("answers", "inbox"):
                 stack.callback(setattr, service, kept, getattr(service, kept))
                 setattr(service, kept, f"{name}.{kept}.{service.name}" if getattr(service, kept) else "")
+            memory = f"{name}.{service.name}"
             if seen := service.idempotent:
                 stack.callback(setattr, service, "idempotent", seen)
-                service.idempotent = structs.replace(seen, address=name) if isinstance(seen, Store) else name
+                service.idempotent = structs.replace(seen, address=memory) if isinstance(seen, Store) else memory
+                if service.outbox.address == (seen.address if isinstance(seen, Store) else seen):
+                    stack.callback(setattr, service.outbox, "address", service.outbox.address)
+                    service.outbox.address = memory
             running = Running(service, addresses, connect, "json", carriers, None)
             stack.push_async_callback(_stop, running)
             await running.start()

@@ -1,0 +1,282 @@
+"""The relay: sends what committed transactions left in the outbox, each until it is accepted, and deletes it then.
+
+It runs inside the service. A process that dies between the send and the deletion leaves the row: it is sent again,
+under the same id, and a receiver with an `idempotent` store drops the repeat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from msgspec import DecodeError
+
+from quintet.binding import Bound, bind
+from quintet.call import Options
+from quintet.client import Sender
+from quintet.clock import Clock
+from quintet.contract import Fault
+from quintet.delivery import Redelivery
+from quintet.errors import CallError, RemoteError, Safety, TransportError
+from quintet.message import Message
+from quintet.outbox import SENDABLE, Box, Desk, Outbox, Row, Settled, Way, unpack
+from quintet.policy import Policy
+from quintet.transport import ChannelState
+from quintet.watch import Watch
+
+log = logging.getLogger("quintet.relay")
+
+POLICY = Policy(timeout=5.0, breaker=False, bulkhead=False, retry=False, hedge=False)
+"""Of what is relayed: the relay waits and tries again by itself, and is to find at once that a broker is back."""
+BATCH = 100  # rows of a channel that are sent at once
+LOOK_SECONDS = 1.0  # between two looks at the table, for what no wake-up told
+AGAIN = Redelivery(first=0.1, longest=2.0)
+"""The waits after failures, without an end: only a message that is refused for good is set aside."""
+
+
+class Relay:
+    """Sends the outbox of one running service: each channel on its own, so that one whose broker is away holds up no
+    other; in a channel the messages of one key in order, and others side by side."""
+
+    def __init__(self, box: Box, senders: Iterable[Sender], format_name: str, clock: Clock, watch: Watch) -> None:
+        ways = [_way(sender, format_name) for sender in senders if sender.operation.style in SENDABLE]
+        self.box = box
+        self._desk = Desk(box, {way.operation.full_name: way for way in ways})
+        self._ways = {way.operation.channel.name: way for way in ways}
+        self._clock = clock
+        self._watch = watch
+        self._lanes: dict[str, asyncio.Task[None]] = {}
+        self._more: set[str] = set()  # channels in which something came since they were read
+        self._in_work: dict[str, int] = {}
+        self._woken = asyncio.Event()
+        self._stopping = False
+        self._paused: set[asyncio.Event] = set()  # after a failure
+        self._looking: asyncio.Task[None] | None = None
+        self._leads = False  # else another instance relays
+        self._outbox: Outbox | None = None
+        self.connected = True
+
+    def __repr__(self) -> str:
+        return f"<relay of {self.box!r}: {sum(self._in_work.values())} in work{'' if self.connected else ', away'}>"
+
+    @property
+    def address(self) -> object:
+        return self.box.address
+
+    async def open(self, outbox: Outbox) -> None:
+        """Lets the outbox be added to, and begins to send. Raises TransportError, ConfigurationError."""
+        await self.box.open(self.wake)
+        outbox._opened[:] = [self._desk]
+        self._outbox = outbox
+        self._looking = asyncio.get_running_loop().create_task(self._look())
+
+    async def stop(self) -> None:
+        """Sends once more what is there now, waits for what is under way, and ends."""
+        self._stopping = True
+        for pause in self._paused:
+            pause.set()
+        try:
+            if self._looking is not None:
+                self._looking.cancel()
+                await asyncio.wait([self._looking])
+                await self._look_once()
+            if self._lanes:
+                await asyncio.wait(self._lanes.values())
+        finally:
+            for lane in self._lanes.values():
+                lane.cancel()
+            if self._lanes:
+                await asyncio.wait(self._lanes.values())
+            if self._outbox is not None:
+                self._outbox._opened.clear()
+            await self.box.close()
+
+    async def channels(self) -> Sequence[ChannelState]:
+        """What waits in the outbox, by channel."""
+        found = await self.box.channels()
+        for state in found:
+            state.in_work = min(state.waiting, self._in_work.get(state.channel, 0))
+            state.waiting -= state.in_work
+        return found
+
+    # looking
+
+    def wake(self, channel: str) -> None:
+        """Something may wait in the channel, or, without one, anywhere."""
+        if not channel:
+            self._woken.set()
+            return
+        self._more.add(channel)
+        if self._leads and channel not in self._lanes:
+            self._lanes[channel] = asyncio.get_running_loop().create_task(self._carry(channel))
+
+    async def _look(self) -> None:
+        while True:
+            self._woken.clear()
+            await self._look_once()
+            timer = self._clock.call_at(self._clock.now() + LOOK_SECONDS, self._woken.set)
+            try:
+                await self._woken.wait()
+            finally:
+                timer.cancel()
+
+    async def _look_once(self) -> None:
+        try:
+            channels = await self.box.look()
+        except (TransportError, CallError) as error:
+            self._lost(error)
+            return
+        self._found()
+        self._leads = channels is not None
+        for channel in {*(channels or ()), *self._more}:
+            self.wake(channel)
+
+    def _lost(self, error: Exception) -> None:
+        if self.connected:
+            self.connected = False
+            self._watch.tell("disconnected", str(self.address), error)
+
+    def _found(self) -> None:
+        if not self.connected:
+            self.connected = True
+            self._watch.tell("connected", str(self.address))
+
+    # carrying
+
+    async def _carry(self, channel: str) -> None:
+        """Sends what waits in a channel until there is nothing more."""
+        settled, failures = Settled(), 0
+        try:
+            while True:
+                self._more.discard(channel)
+                try:
+                    rows = await self.box.turn(channel, settled, BATCH)
+                    self._found()
+                    settled = Settled()
+                    if not rows and channel not in self._more:
+                        return
+                    error = await self._send(channel, rows, settled)
+                    if error is None and not self._stopping:
+                        failures = 0
+                        continue
+                    failures = 0 if settled.sent else failures
+                    await self.box.turn(channel, settled, 0)  # what is done must not wait with what is not
+                    settled = Settled()
+                except (TransportError, CallError) as gone:
+                    error = gone
+                    self._lost(gone)
+                if self._stopping:
+                    return
+                failures += 1
+                level = logging.WARNING if failures == 1 else logging.DEBUG
+                log.log(level, "%s waits in the outbox, and is tried again: %s", channel, error)
+                await self._pause(AGAIN.wait(failures, self._clock.random.random()))
+        except Exception:
+            log.exception("%s: an error in the relay; it goes on at the next look", channel)
+        finally:
+            del self._lanes[channel]
+
+    async def _pause(self, seconds: float) -> None:
+        """Or until the relay is to stop."""
+        over = asyncio.Event()
+        self._paused.add(over)
+        timer = self._clock.call_at(self._clock.now() + seconds, over.set)
+        try:
+            await over.wait()
+        finally:
+            timer.cancel()
+            self._paused.discard(over)
+
+    async def _send(self, channel: str, rows: Sequence[Row], settled: Settled) -> Exception | None:
+        """Sends rows and notes what became of them. Gives an error where some are to be tried again."""
+        way = self._ways.get(channel)
+        if way is None:
+            reason = f"{self.box.service} says nothing in {channel} any more: its contracts changed while this waited"
+            for row in rows:
+                self._set_aside(channel, row, reason, settled)
+            return None
+        chains: dict[object, list[Row]] = {}
+        for row in rows:
+            chains.setdefault(row.key or row.seq, []).append(row)
+        self._in_work[channel] = len(rows)
+        try:
+            failed = await asyncio.gather(*(self._send_in_order(way, chain, settled) for chain in chains.values()))
+        finally:
+            del self._in_work[channel]
+        return next((error for error in failed if error is not None), None)
+
+    async def _send_in_order(self, way: Way, chain: Sequence[Row], settled: Settled) -> Exception | None:
+        """Sends the messages of one key; stops at the first that cannot be sent now, and gives the reason."""
+        channel = way.operation.channel
+        for row in chain:
+            if row.expires is not None and row.expires <= self._clock.wall():
+                settled.sent.append(row.seq)  # as its sender wished
+                continue
+            try:
+                message = unpack(row.message, channel)
+                message.deadline = self._clock.from_wall(row.expires)
+                await _within_trace(way, message)
+            except DecodeError as error:
+                self._set_aside(channel.name, row, f"its row cannot be read: {error}", settled)
+            except Exception as error:
+                if not _is_for_good(error):
+                    return error
+                self._set_aside(channel.name, row, f"{type(error).__name__}: {error}", settled)
+            else:
+                settled.sent.append(row.seq)
+            if self._stopping:
+                return None
+        return None
+
+    def _set_aside(self, channel: str, row: Row, reason: str, settled: Settled) -> None:
+        settled.refused.append((row.seq, reason))
+        way = self._ways.get(channel)
+        self._watch.tell("dead-letter", way.operation.full_name if way else channel, reason)
+
+
+def _is_for_good(error: Exception) -> bool:
+    """Whether it would be refused in the same way again. A handler that failed (over HTTP it says so) may not."""
+    if isinstance(error, CallError):
+        return error.safety is Safety.FAILED and not isinstance(error, RemoteError)
+    return isinstance(error, Fault)
+
+
+async def _within_trace(way: Way, message: Message) -> None:
+    """Sends the message with its trace as the one in work, as if it were sent where it was added."""
+    propagate: Any = sys.modules.get("opentelemetry.propagate")
+    if propagate is None:
+        await way.send(message)
+        return
+    from opentelemetry import context
+
+    token = context.attach(propagate.extract(message.headers))
+    try:
+        await way.send(message)
+    finally:
+        context.detach(token)
+
+
+def _way(sender: Sender, format_name: str) -> Way:
+    operation, outside = sender.operation, sender.bound
+    inside = bind("body", operation, format_name)
+    if type(outside) is type(inside):
+        return Way(operation, sender.prepare, sender.send)
+
+    def prepare(args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Message:
+        return _rebound(sender.prepare(args, kwargs, options), outside, inside)
+
+    async def send(message: Message) -> None:
+        await sender.send(_rebound(message, inside, outside))
+
+    return Way(operation, prepare, send)
+
+
+def _rebound(message: Message, before: Bound, after: Bound) -> Message:
+    """The same message in another binding."""
+    moved = after.request(before.arguments(message))
+    moved.id, moved.sender, moved.key, moved.deadline = message.id, message.sender, message.key, message.deadline
+    moved.headers = {name: value for name, value in message.headers.items() if not name.startswith(":")} | moved.headers
+    return moved
