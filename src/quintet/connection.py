@@ -12,7 +12,7 @@ import contextlib
 import os
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -275,6 +275,10 @@ class Connection(Generic[S]):
         """The host and port in use, or tried next."""
         return self._hosts[0]
 
+    def aim(self, hosts: Sequence[tuple[str, int]]) -> None:
+        """The hosts that there are from now on; the one in use is kept, and tried first if it is still one of them."""
+        self._hosts = sorted(hosts, key=lambda host: host != self._hosts[0])
+
     async def open(self) -> None:
         """Connects. Raises Refused at once, and Unavailable where no host answers for some seconds."""
         give_up = self._clock.now() + FIRST_SECONDS
@@ -292,6 +296,7 @@ class Connection(Generic[S]):
             else:
                 break
         self._keeper = asyncio.get_running_loop().create_task(self._keep(link, session))
+        await asyncio.sleep(0)  # a keeper that is cancelled before it has begun would leave the socket open
 
     async def ready(self, until: float | None) -> S:
         """The session, as soon as there is one. Raises Unavailable (not sent) where there is none by `until`, which is
