@@ -1,9 +1,13 @@
-"""`make bench`: each module of this folder that offers `figures`, one after the other, as a table and in RESULTS.md."""
+"""`make bench`: each module of this folder that offers `figures`, one after the other, as a table and in RESULTS.md.
+
+A module's documentation stands above its table: its first line is the title, the rest tells how it was measured.
+"""
 
 from __future__ import annotations
 
 import datetime
 import importlib
+import math
 import os
 import pkgutil
 import platform
@@ -12,14 +16,28 @@ from importlib.metadata import version
 from pathlib import Path
 
 import apsw
+from msgspec import Struct
 from rich.console import Console
 from rich.table import Table
 
 import benchmarks
+from benchmarks.brokers import Missing, installed
 from benchmarks.figure import Figure
 
-VERSIONS = ("quintet", "msgspec", "uvloop", "uvicorn", "httptools", "apsw", "fastapi", "aiohttp", "httpx")
+VERSIONS = (
+    *("quintet", "msgspec", "uvloop", "uvicorn", "httptools", "apsw", "confluent-kafka", "fastapi", "aiohttp", "httpx"),
+    *("aio-pika", "faststream", "stompman", "aiokafka", "ansq"),
+)
 RESULTS = Path(__file__).with_name("RESULTS.md")
+
+
+class Measured(Struct):
+    """What a module found, or `missing`: what it would need."""
+
+    title: str
+    method: list[str]
+    figures: list[Figure]
+    missing: str = ""
 
 
 def machine() -> str:
@@ -36,16 +54,19 @@ def machine() -> str:
 
 
 def number(value: float) -> str:
+    if math.isnan(value):
+        return ""  # not measured; the figure's name says why
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.2f}".rstrip("0").rstrip(".")
 
 
-def measure(names: list[str]) -> dict[str, list[Figure]]:
-    found = {}
-    for name in names:
-        module = importlib.import_module(f"benchmarks.{name}")
-        print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        found[module.__doc__.partition("\n")[0]] = module.figures()
-    return found
+def measure(name: str) -> Measured:
+    module = importlib.import_module(f"benchmarks.{name}")
+    print(f"measuring {name} ...", file=sys.stderr, flush=True)
+    title, *method = (module.__doc__ or name).strip().splitlines()
+    try:
+        return Measured(title, method[1:], module.figures())
+    except Missing as missing:
+        return Measured(title, method[1:], [], str(missing))
 
 
 def main() -> int:
@@ -62,15 +83,24 @@ def main() -> int:
         f"Machine: {machine()}",
         f"Python {platform.python_version()}, SQLite {apsw.sqlite_lib_version()}, "
         + ", ".join(f"{name} {version(name)}" for name in VERSIONS),
+        f"Brokers: {installed()}",
         f"Measured on {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC; read ratios, not absolute figures.",
     ]
-    results = measure(names)
+    results = [measure(name) for name in names]
+    missing = [result.missing for result in results if result.missing]
+    if missing:
+        head.append(f"Not measured, for want of brokers: {'; '.join(missing)}")
     console, written = Console(), ["# Results", "", *(f"{line}  " for line in head), ""]
     console.print(*head, sep="\n")
-    for title, figures in results.items():
-        table = Table("figure", "measured", "unit", "budget", "holds", title=title, title_justify="left")
-        written += [f"## {title}", "", "| figure | measured | unit | budget | holds |", "|---|---:|---|---|---|"]
-        for figure in figures:
+    for result in results:
+        written += [f"## {result.title}", ""]
+        written += [*result.method, ""] if result.method else []
+        if result.missing:
+            written += [f"Not measured: {result.missing}", ""]
+            continue
+        table = Table("figure", "measured", "unit", "budget", "holds", title=result.title, title_justify="left")
+        written += ["| figure | measured | unit | budget | holds |", "|---|---:|---|---|---|"]
+        for figure in result.figures:
             holds = {True: "yes", False: "NO", None: ""}[figure.holds]
             row = (figure.name, number(figure.value), figure.unit, figure.budget, holds)
             table.add_row(*row, style="red" if figure.holds is False else None)
