@@ -147,6 +147,8 @@ class Content(Struct, eq=False):
     body: bytes = b""
     crashes: int = 0  # how often it came before and was not settled, once its headers are read
     made_up: str = ""  # the id that it was given here, where its sender gave it none
+    origin: Any = None  # the subscription that brought it
+    copy: Any = None  # what it has become, where it waits here to be handled again
 
     @property
     def fields(self) -> dict[str, Any]:

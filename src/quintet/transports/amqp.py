@@ -1,0 +1,1110 @@
+"""RabbitMQ over AMQP 0-9-1: one connection to publish, one to consume.
+
+What stands on the broker is in `wire/amqp_topology.py`, how a message looks in `wire/amqp_message.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import functools
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, ClassVar, Final, Literal, Self
+
+from msgspec import Struct, structs
+
+from quintet.clock import SYSTEM, Clock
+from quintet.connection import TLS_OPTIONS, Connection, Link, Lost, Refused, credentials
+from quintet.errors import (
+    PROBLEM_MEDIA_TYPE,
+    AddressError,
+    CallError,
+    ChannelFull,
+    ConnectionLost,
+    InvalidMessage,
+    Overloaded,
+    ProtocolError,
+    TooLarge,
+    TransportError,
+    Unavailable,
+    to_problem,
+)
+from quintet.intake import Intake
+from quintet.letters import letter, revive
+from quintet.message import Channel, Message, native_of, new_id
+from quintet.transport import Address, DeadLetter, Finding, Receive, Trait, Transport
+from quintet.wire import amqp
+from quintet.wire.amqp import Content, settle
+from quintet.wire.amqp_message import headers_of, properties, properties_of, read
+from quintet.wire.amqp_session import Closed, Line, Outlet, Unroutable, Wire
+from quintet.wire.amqp_topology import (
+    AGAIN,
+    DEAD_QUEUE,
+    DELAYS,
+    EXCHANGE,
+    EXCHANGES,
+    Place,
+    Publish,
+    Queue,
+    delay_queue,
+    place_of,
+    wait,
+)
+from quintet.wire.names import DEAD, DEAD_AT, DEAD_CHANNEL, DEAD_FANOUT, DEAD_GROUP, DEAD_ID, DEAD_REASON
+
+__all__ = ["Carrier", "Publish", "Queue"]
+
+REPLY_TO: Final = "amq.rabbitmq.reply-to"
+"""RabbitMQ's pseudo queue for replies: whoever consumes it gets those to the requests of the same AMQP channel."""
+
+HEARTBEAT = 10  # seconds, unless ?heartbeat= says otherwise: a connection that is silent for so long is given up
+BODY_MAX = 128 * 1024 * 1024  # RabbitMQ's own default up to 3.13; a smaller limit is learnt when it is met
+PREFETCH_KEYED = 4  # times the limit: so many may wait behind others of their key
+PREFETCH_MAX = 65_535
+AGAIN_FIRST, AGAIN_LONGEST = 0.1, 5.0  # seconds until something that the broker refused is tried once more
+ASKED_KEPT = 10_000  # requests whose loss is told to who waits for the reply; older ones have long timed out
+TAIL_KEPT = 10_000  # messages that a tail may lag behind; the oldest go first
+LETTERS_SECONDS = 2.0  # of silence after which no more dead letters are waited for
+LETTERS_SHOWN = 10_000
+
+
+class Carrier(Transport):
+    """amqp://user:password@host:5672,host2/vhost, amqps:// for TLS, with these options behind a "?":
+
+    heartbeat=10     seconds of silence after which a connection is given up
+    auth=plain       "external": who we are says the client's certificate (?cert= and ?certkey=)
+    ca= cert= certkey= verify=     as of all TLS connections (connection.py)
+    """
+
+    traits = frozenset({Trait.FANOUT, Trait.DURABLE, Trait.REDELIVERS, Trait.DELAYS, Trait.ORDERED})
+    options: ClassVar[frozenset[str]] = frozenset({"heartbeat", "auth"}) | TLS_OPTIONS
+
+    def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
+        super().__init__(address, clock)
+        self._beat = int(address.option("heartbeat", HEARTBEAT))
+        if not 0 <= self._beat <= 3600:
+            raise AddressError(f"{address}: option heartbeat must be 0 (none) to 3600 seconds")
+        if (auth := address.options.get("auth", "plain")) not in ("plain", "external"):
+            raise AddressError(f"{address}: option auth={auth!r} must be plain or external")
+        self._external = auth == "external"
+        self._publishing: Connection[_Publisher] = self._connection(self._publisher)
+        self._consuming: Connection[_Consumer] | None = None
+        self._opening = asyncio.Lock()
+        self._away = 0  # connections that are lost
+        self._open = False
+        self.largest = BODY_MAX
+        self.replies: dict[str, Intake[Content | Message]] = {}
+        self._held: list[_Held] = []  # what consumes
+
+    # Transport
+
+    @property
+    def connected(self) -> bool:
+        return self._open and not self._away
+
+    @property
+    def native(self) -> Wire:
+        """The connection to publish; `await native.call("queue.purge", queue=...)` does what AMQP can, `native.line()`
+        is an AMQP channel of one's own. Raises Unavailable while the broker is away."""
+        session = self._publishing.session
+        if session is None:
+            raise Unavailable(f"{self.address}: the broker is away")
+        return session
+
+    async def open(self) -> None:
+        await self._publishing.open()
+        self._open = True
+
+    async def close(self) -> None:
+        self._open = False
+        held, self._held = self._held, []
+        await asyncio.gather(*(one.abort() for one in held))
+        await asyncio.gather(*(intake.abort() for intake in self.replies.values()))
+        self.replies.clear()
+        consuming, self._consuming = self._consuming, None
+        if consuming is not None:
+            await consuming.close()
+        await self._publishing.close()
+
+    async def send(self, message: Message) -> None:
+        session = self._publishing.session
+        if session is None or session.blocked or session.link.full:
+            session = await self._writable(message)
+        channel = message.channel
+        try:
+            if channel.temporary and not channel.fanout:
+                session.drop(message)
+                return
+            route = session.routes.get(channel)
+            if route is None:
+                session, route = await self._route(message)
+            if message.reply_to and message.reply_to in self.replies:
+                session.ask(message, route)
+                return
+            try:
+                await session.publish(message, route)
+            except Unroutable:  # its queue was deleted, and the message is nowhere
+                session.routes.pop(channel, None)
+                session, route = await self._route(message)
+                await session.publish(message, route)
+        except Unroutable:
+            raise Unavailable(f"{channel.name} at {self.address}: not sent, its queue is gone or not bound") from None
+        except Overloaded as error:
+            if channel.fanout:
+                raise
+            raise ChannelFull(f"{channel.name} at {self.address} is full: the broker refused the message") from error
+        except UnicodeEncodeError as error:
+            raise InvalidMessage(f"{message!r} cannot be written as UTF-8: {error}") from None
+
+    async def serve(self, channel: Channel, receive: Receive, group: str, limit: int = 100) -> _Serving | _Replies:
+        if channel.replies:
+            return await self._listen(channel, receive, limit)
+        serving = _Serving(self, channel, receive, group, limit)
+        wire = await (await self.consuming()).ready(self.clock.now() + AGAIN_LONGEST)
+        await serving.subscribe(wire)
+        self._held.append(serving)
+        return serving
+
+    # sending
+
+    async def _writable(self, message: Message) -> _Publisher:
+        """The session, once there is one that takes messages. Raises Unavailable at the message's `until`."""
+        until = message.until if message.until is not None else message.deadline
+        while True:
+            session = await self._publishing.ready(until)
+            limit = asyncio.timeout(None if until is None else until - self.clock.now())
+            try:
+                async with limit:
+                    if session.blocked:
+                        await session.unblocked()
+                    if session.link.full:
+                        await session.link.room()
+            except TimeoutError:
+                reason = f": {session.blocked}" if session.blocked else ""
+                raise Unavailable(f"{self.address}: not sent, the broker takes no messages{reason}") from None
+            except (TransportError, OSError):
+                continue  # it was lost meanwhile
+            if not session.blocked:
+                return session
+
+    async def _route(self, message: Message) -> tuple[_Publisher, _Route]:
+        """How to reach a channel over the session that there is. Raises CallError where that cannot be."""
+        while True:
+            session = await self._writable(message)
+            try:
+                return session, await session.route(message.channel)
+            except Closed as error:
+                raise Unavailable(_sentence(self.address, message.channel.name, error)) from error
+            except TransportError as error:
+                if session.error is None:
+                    raise Unavailable(f"{self.address}: not sent, {error}") from error
+
+    async def store(
+        self, exchange: str, key: str, message: Message, wanted: Callable[[], bool], *, delay: int = 0
+    ) -> bool:
+        """Publishes a copy until the broker has it: at least once. False where it is no longer wanted, or where no
+        queue takes it although all that can be declared is."""
+        pause, laid = AGAIN_FIRST, False
+        while wanted():
+            try:
+                session = await self._publishing.ready(self.clock.now() + AGAIN_LONGEST)
+            except Unavailable:
+                continue
+            try:
+                await session.lay_for_copies(delay)
+                await session.store(exchange, key, message, delay)
+            except Unroutable:
+                if laid or (exchange != DELAYS and key != DEAD):
+                    return False
+                laid = True
+                session.forget()
+            except (CallError, TransportError):
+                await self.clock.sleep(pause)
+                pause = min(pause * 2, AGAIN_LONGEST)
+            else:
+                return True
+        return False
+
+    # connections
+
+    def _connection(self, make: Callable[[Link], Any]) -> Connection[Any]:
+        secured = self.address.scheme == "amqps"
+        port = 5671 if secured else 5672
+        return Connection(self.address, port, make, self.clock, self._told, secured=secured)
+
+    def _told(self, kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None:
+        """Two connections, but one broker: it is away while either is."""
+        before = self._away
+        self._away += 1 if kind == "broker-lost" else -1
+        if not before or not self._away:
+            self.tell(kind, subject, reason)
+
+    def _publisher(self, link: Link) -> _Publisher:
+        return _Publisher(link, self, self._options("publishes"))
+
+    def _consumer(self, link: Link) -> _Consumer:
+        return _Consumer(link, self, self._options("consumes"))
+
+    def _options(self, what: str) -> dict[str, Any]:
+        user, password = credentials(self.address, "guest", "guest")
+        return {
+            "user": user,
+            "password": password,
+            "name": f"quintet {what}",
+            "vhost": self.address.path[1:] or "/",
+            "beat": self._beat,
+            "external": self._external,
+        }
+
+    async def consuming(self) -> Connection[_Consumer]:
+        """The connection to consume, opened when it is first wanted."""
+        async with self._opening:
+            if not self._open:
+                raise Unavailable(f"{self!r} is not open: open() it first, and send and serve before close()")
+            if self._consuming is None:
+                made: Connection[_Consumer] = self._connection(self._consumer)
+                await made.open()
+                self._consuming = made
+            return self._consuming
+
+    def resume(self, wire: Wire) -> None:
+        """A consuming connection stands again: all that is served subscribes on it, each on its own account."""
+        for one in self._held:
+            one.resume(wire)
+
+    def hold(self, one: _Held) -> None:
+        self._held.append(one)
+
+    def release(self, one: _Held) -> None:
+        if one in self._held:
+            self._held.remove(one)
+
+    # replies
+
+    async def _listen(self, channel: Channel, receive: Receive, limit: int) -> _Replies:
+        session = await self._publishing.ready(self.clock.now() + AGAIN_LONGEST)
+        source = _Replies(self, channel)
+        self.replies[channel.name] = source.intake = Intake(source, receive, "", limit, self.clock)
+        if len(self.replies) == 1:
+            await session.await_replies()
+        return source
+
+    def replied(self, content: Content) -> None:
+        """A reply has come: who asked for it finds it by its correlation."""
+        session = self._publishing.session
+        if session is not None:
+            session.asked.pop(properties_of(content).get("correlation-id", ""), None)
+        for intake in self.replies.values():
+            intake.put(content)
+
+    def fail(self, correlation: str, name: str, error: CallError) -> None:
+        """Tells who waits for a reply that none will come."""
+        if name in self.replies:
+            reply = Message(channel=Channel(name, temporary=True), correlation_id=correlation, status=error.code)
+            reply.media_type, reply.body = PROBLEM_MEDIA_TYPE, to_problem(error)
+            self.replies[name].put(reply)
+
+    # Letters
+
+    async def dead(self, channel: str | None = None) -> Sequence[DeadLetter]:
+        letters = [_letter(content, self.clock) for content in await self._letters(LETTERS_SHOWN)]
+        found = [one for one in letters if channel in (None, one.channel)]
+        return sorted(found, key=lambda one: one.died_at)
+
+    async def replay(self, ids: Sequence[str]) -> int:
+        async def again(content: Content) -> bool:
+            message, group = _revived(content, self.clock)
+            name = message.channel.name
+            queue = f"{name}@{group}" if message.channel.fanout else name
+            return await self.store("", queue, message, lambda: True)
+
+        return await self._take(ids, again)
+
+    async def drop(self, ids: Sequence[str]) -> int:
+        async def nothing(_: Content) -> bool:
+            return True
+
+        return await self._take(ids, nothing)
+
+    async def _take(self, ids: Iterable[str], act: Callable[[Content], Awaitable[bool]]) -> int:
+        """Takes those dead letters out of their queue on which `act` succeeds."""
+        wanted, count = set(ids), 0
+
+        async def look(content: Content, line: Line) -> None:
+            nonlocal count
+            if _letter(content, self.clock).id in wanted and await act(content):
+                line.session.link.write(settle(line.number, content.tag))
+                count += 1
+
+        await self._letters(0, look)
+        return count
+
+    async def _letters(
+        self, most: int, look: Callable[[Content, Line], Awaitable[None]] | None = None
+    ) -> list[Content]:
+        """All dead letters, or the first so many; they go back into their queue unless `look` acknowledges them."""
+        wire = await (await self.consuming()).ready(self.clock.now() + AGAIN_LONGEST)
+        await wire.lay_dead()
+        line = await wire.line()
+        arrived: asyncio.Queue[Content] = asyncio.Queue()
+        found: list[Content] = []
+        tag = wire.tag()
+        try:
+            there = (await line.call("queue.declare", queue=DEAD, passive=True)).fields["message_count"]
+            await line.call("basic.qos", prefetch_count=most)
+            wire.consumers[tag.encode()] = arrived.put_nowait
+            await line.call("basic.consume", queue=DEAD, consumer_tag=tag)
+            for _ in range(min(there, most or there)):
+                async with asyncio.timeout(LETTERS_SECONDS):
+                    content = await arrived.get()
+                if look:
+                    await look(content, line)
+                else:
+                    found.append(content)
+        except TimeoutError:
+            pass  # another took them meanwhile
+        except Closed as error:
+            raise TransportError(_sentence(self.address, DEAD, error)) from error
+        finally:
+            await line.close()
+            wire.consumers.pop(tag.encode(), None)
+        return found
+
+    # Tailing
+
+    def tail(self, channel: str) -> _Tail:
+        tail = _Tail(self, channel)
+        self._held.append(tail)
+        return tail
+
+    # the doctor
+
+    async def examine(self) -> Sequence[Finding]:
+        session = await self._publishing.ready(self.clock.now() + AGAIN_LONGEST)
+        server = session.server
+        found = [
+            Finding("broker", f"{server.get('product', '?')} {server.get('version', '?')}"),
+            Finding("cluster", str(server.get("cluster_name", "not told"))),
+            Finding("agreed on", f"frames of {session.frame_max} bytes, a heart-beat each {session.heartbeat / 2:g} s"),
+            Finding("takes messages", session.blocked or "yes", well=not session.blocked),
+        ]
+        for what, able, otherwise in (
+            ("publisher confirms", "publisher_confirms", "messages would be lost without a word: take RabbitMQ"),
+            ("notice of cancelled consumers", "consumer_cancel_notify", "a deleted queue would be served in vain"),
+            ("notice of being blocked", "connection.blocked", "senders would wait without knowing why"),
+        ):
+            has = bool(server.get("capabilities", {}).get(able))
+            found.append(Finding(what, "yes" if has else otherwise, well=has))
+        found.append(await self._try_out("durable channels", self._try_quorum(session)))
+        found.append(await self._try_out("delayed redelivery", self._try_delay(session)))
+        return found
+
+    async def _try_out(self, what: str, trial: Awaitable[str]) -> Finding:
+        try:
+            async with asyncio.timeout(AGAIN_LONGEST):
+                return Finding(what, await trial)
+        except TimeoutError:
+            return Finding(what, f"no answer within {AGAIN_LONGEST:g} s", well=False)
+        except (TransportError, CallError) as error:
+            return Finding(what, f"not possible: {error}; users need the rights on names like ^quintet", well=False)
+
+    async def _try_quorum(self, session: _Publisher) -> str:
+        name = f"quintet.doctor.{new_id()}"
+        arguments = {"x-queue-type": "quorum", "x-expires": 60_000}
+        await session.call("queue.declare", queue=name, durable=True, arguments=arguments)
+        await session.call("queue.delete", queue=name)
+        return "quorum queues"
+
+    async def _try_delay(self, session: _Publisher) -> str:
+        wire = await (await self.consuming()).ready(None)
+        name, arrived = f"quintet.doctor.{new_id()}", asyncio.Queue[Content]()
+        line = await wire.line()
+        try:
+            await session.lay_for_copies(100)
+            await line.call("queue.declare", queue=name, exclusive=True)
+            await line.call("queue.bind", queue=name, exchange=AGAIN, routing_key=name)
+            wire.consumers[name.encode()] = arrived.put_nowait
+            await line.call("basic.consume", queue=name, consumer_tag=name, no_ack=True)
+            begun = self.clock.now()
+            await session.store(DELAYS, name, Message(channel=Channel(name), id=name), 100)
+            content = await arrived.get()
+            took = self.clock.now() - begun
+            death = headers_of(content)["x-death"][0]["time"]
+            skew = self.clock.wall() - death.timestamp()
+            clocks = (
+                f"its clock is {abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} ours" if abs(skew) > 2 else ""
+            )
+            return f"asked for 100 ms, got {1000 * took:.0f} ms{'; ' + clocks if clocks else ''}"
+        finally:
+            wire.consumers.pop(name.encode(), None)
+            await line.close()
+
+
+def _sentence(address: Address, name: str, error: Closed) -> str:
+    """What the broker says, and what to do."""
+    advice = {
+        403: "give the user the right to configure, write and read it",
+        404: "declare it, or leave that to Quintet",
+        405: "another connection holds it",
+        406: "it is there with other arguments: delete it, or take it as it is, with native=[Queue(declare=False)]",
+    }.get(error.code, "")
+    return f"{name} at {address}: {error}{f'; {advice}' if advice else ''}"
+
+
+# ---------------------------------------------------------------------------------------------------------- publishing
+
+
+class _Route(Struct, frozen=True):
+    """What comes before the content of each message to a channel."""
+
+    confirmed: bytes
+    asking: bytes
+    durable: bool
+
+
+class _Wire(Wire):
+    """A connection on which things can be declared."""
+
+    def __init__(self, link: Link, carrier: Carrier, options: dict[str, Any]) -> None:
+        super().__init__(link, carrier.clock, **options)
+        self.carrier = carrier
+        self._laid: set[str] = set()
+
+    @property
+    def lasting(self) -> bool:
+        """From RabbitMQ 4 on, what several connections share has to be durable."""
+        major = str(self.server.get("version", "")).partition(".")[0]
+        return major.isdigit() and int(major) >= 4
+
+    async def greet(self) -> None:
+        try:
+            await super().greet()
+        except Refused as error:
+            raise Refused(f"{self.carrier.address}: {error}") from None
+
+    async def lay(self, place: Place, channel: Channel) -> None:
+        """Declares a queue and binds it. Raises Closed."""
+        if channel.durable:
+            await self.lay_dead()
+        line = await self.line()
+        try:
+            asked = [
+                line.call(
+                    "queue.declare",
+                    queue=place.queue,
+                    passive=not place.declared,
+                    durable=place.durable,
+                    exclusive=place.exclusive,
+                    auto_delete=place.exclusive,
+                    arguments=place.arguments,
+                ),
+                *self._bindings(line, place, channel),
+            ]
+            await asyncio.gather(*asked)
+        finally:
+            await line.close()
+
+    def _bindings(self, line: Line, place: Place, channel: Channel) -> list[Awaitable[Any]]:
+        if channel.temporary and not channel.fanout:
+            return []  # sent to over the default exchange
+        asked = [line.call("queue.bind", queue=place.queue, exchange=EXCHANGE, routing_key=channel.name)]
+        if not channel.temporary and AGAIN in self._laid:
+            asked.append(line.call("queue.bind", queue=place.queue, exchange=AGAIN, routing_key=place.queue))
+        return list(asked)
+
+    async def lay_exchange(self, name: str) -> None:
+        if name in self._laid:
+            return
+        type_, arguments = EXCHANGES[name]
+        try:
+            await self.call("exchange.declare", exchange=name, type=type_, durable=True, arguments=arguments)
+        except Closed as error:
+            if error.code != 403:
+                raise
+            await self.call("exchange.declare", exchange=name, passive=True)  # who may not make it may use it
+        self._laid.add(name)
+
+    async def lay_dead(self) -> None:
+        """The dead-letter queue, and what leads to it."""
+        if "letters" not in self._laid:
+            await asyncio.gather(self.lay_exchange(DEAD), self.lay_exchange(AGAIN))
+            await self.lay_queue(DEAD, DEAD_QUEUE, DEAD, {})
+            self._laid.add("letters")
+
+    async def lay_queue(self, name: str, arguments: dict[str, Any], exchange: str, binding: dict[str, Any]) -> None:
+        line = await self.line()
+        try:
+            await asyncio.gather(
+                line.call("queue.declare", queue=name, durable=True, arguments=arguments),
+                line.call("queue.bind", queue=name, exchange=exchange, arguments=binding),
+            )
+        except Closed as error:
+            if error.code != 403:
+                raise
+            await self.call("queue.declare", queue=name, passive=True)
+        finally:
+            await line.close()
+
+    async def lay_for_copies(self, delay: int) -> None:
+        """What a copy needs that is dead, or that is to wait for so many milliseconds."""
+        await self.lay_dead()
+        if delay and (queue := delay_queue(delay))[0] not in self._laid:
+            name, arguments, binding = queue
+            await self.lay_exchange(DELAYS)
+            await self.lay_queue(name, arguments, DELAYS, binding)
+            self._laid.add(name)
+
+    def forget(self) -> None:
+        """Something of it is gone: all is declared again when it is needed."""
+        self._laid.clear()
+
+
+class _Publisher(_Wire):
+    """The connection to publish: one AMQP channel with confirmations, one for what nobody confirms.
+
+    A request goes out without a confirmation: its reply is one. Replies do, too: whoever waits for one knows best.
+    """
+
+    outlet: Outlet
+    plain: Line
+
+    def __init__(self, link: Link, carrier: Carrier, options: dict[str, Any]) -> None:
+        super().__init__(link, carrier, options)
+        self.routes: dict[Channel, _Route] = {}
+        self.asked: dict[str, str] = {}
+        """By correlation, where its reply is waited for: requests that have none yet."""
+        self._routing: dict[Channel, asyncio.Task[_Route]] = {}
+
+    async def greet(self) -> None:
+        await super().greet()
+        self.outlet, self.plain = await asyncio.gather(self.open(Outlet), self.open(_Plain))
+        self.outlet.ended = self.plain.ended = self._broken
+        await asyncio.gather(self.outlet.begin(), self.lay_exchange(EXCHANGE))
+        if self.carrier.replies:
+            await self.await_replies()
+
+    def _broken(self, error: Exception) -> None:
+        """The broker closed what we publish on: over a message, or since an exchange is gone."""
+        if "configured max size" in str(error):
+            with contextlib.suppress(ValueError):
+                self.carrier.largest = int(str(error).rpartition(" ")[2])
+        self.link.drop(Lost(f"the broker closed the AMQP channel to publish on: {error}"))
+
+    async def await_replies(self) -> None:
+        tag = self.tag()
+        self.consumers[tag.encode()] = self.carrier.replied
+        await self.plain.call("basic.consume", queue=REPLY_TO, consumer_tag=tag, no_ack=True)
+
+    async def route(self, channel: Channel) -> _Route:
+        """Declares what the channel needs, once for all who send at the same time."""
+        task = self._routing.get(channel)
+        if task is None:
+            task = self._routing[channel] = self.loop.create_task(self._find(channel))
+            task.add_done_callback(
+                lambda task: (self._routing.pop(channel, None), task.cancelled() or task.exception())
+            )
+        return await asyncio.shield(task)
+
+    async def _find(self, channel: Channel) -> _Route:
+        if not channel.fanout:
+            place = place_of(channel, "", lasting=self.lasting)
+            line = await self.line()
+            try:
+                await line.call("queue.declare", queue=place.queue, passive=True)
+            except Closed as error:
+                if error.code != 404:
+                    raise
+                await self.lay(place, channel)
+            else:
+                with contextlib.suppress(Closed):  # it is bound already, if we may not
+                    await asyncio.gather(*self._bindings(line, place, channel))
+            finally:
+                await line.close()
+        route = _Route(
+            amqp.publishing(self.outlet.number, EXCHANGE, channel.name, mandatory=not channel.fanout),
+            amqp.publishing(self.plain.number, EXCHANGE, channel.name, mandatory=not channel.fanout),
+            channel.durable,
+        )
+        self.routes[channel] = route
+        return route
+
+    def publish(self, message: Message, route: _Route) -> asyncio.Future[None]:
+        outlet = self.outlet
+        return outlet.publish(self._content(message, route.confirmed, outlet.number, route.durable), message.id)
+
+    def ask(self, message: Message, route: _Route) -> None:
+        """Sends what is to be replied to: the broker puts in the address of our replies."""
+        asked = self.asked
+        asked[message.correlation_id] = message.reply_to
+        if len(asked) > ASKED_KEPT:
+            for correlation in list(asked)[: ASKED_KEPT // 2]:
+                del asked[correlation]
+        self.link.write(self._content(message, route.asking, self.plain.number, route.durable, REPLY_TO))
+
+    def drop(self, message: Message) -> None:
+        """Sends to a queue that belongs to one process; without `mandatory`, as a reply to RabbitMQ's pseudo queue
+        would arrive and be returned."""
+        plain = self.plain
+        publish = amqp.publishing(plain.number, "", message.channel.name)
+        self.link.write(self._content(message, publish, plain.number, False))
+
+    def store(self, exchange: str, key: str, message: Message, delay: int) -> asyncio.Future[None]:
+        """Publishes a copy of a message that is to last."""
+        outlet = self.outlet
+        publish = amqp.publishing(outlet.number, exchange, key, mandatory=True)
+        deadline = self.clock.to_wall(message.deadline)
+        header = properties(message, durable=True, deadline=deadline, timestamp=int(self.clock.wall()), delay=delay)
+        return outlet.publish(amqp.content(publish, outlet.number, header, message.body, self.frame_max), message.id)
+
+    def _content(self, message: Message, publish: bytes, number: int, durable: bool, reply_to: str = "") -> bytes:
+        body, clock = message.body, self.clock
+        if len(body) > self.carrier.largest:
+            raise TooLarge(f"{message!r} has {len(body)} bytes, {self.carrier.address} takes {self.carrier.largest}")
+        deadline, expiration = message.deadline, 0
+        if deadline is not None:
+            left = deadline - clock.now()
+            deadline = clock.wall() + left
+            if not durable:  # what lasts goes to the dead letters when it expires, and is only dropped when it is taken
+                expiration = max(1, int(left * 1000))
+        header = properties(
+            message,
+            durable=durable,
+            deadline=deadline,
+            expiration=expiration,
+            timestamp=int(clock.wall()) if durable else 0,
+            priority=native_of(message.native, Publish, _PLAIN).priority or None if message.native else None,
+            reply_to=reply_to,
+        )
+        return amqp.content(publish, number, header, body, self.frame_max)
+
+    def returned(self, content: Content) -> None:
+        """A request that no queue would take."""
+        found = properties_of(content)
+        correlation = found.get("correlation-id", "")
+        name = content.fields["routing_key"]
+        for channel in [channel for channel in self.routes if channel.name == name]:
+            del self.routes[channel]  # to be declared again by the next one
+        where = self.asked.pop(correlation, "")
+        self.carrier.fail(correlation, where, Unavailable(f"{name} at {self.carrier.address}: nobody serves it"))
+
+    def lost(self, error: Exception) -> None:
+        super().lost(error)
+        asked, self.asked = self.asked, {}
+        for correlation, name in asked.items():
+            self.carrier.fail(correlation, name, ConnectionLost(f"sent, but not replied to: {error}"))
+
+
+class _Plain(Line):
+    def returned(self, content: Content) -> None:
+        assert isinstance(self.session, _Publisher)  # noqa: S101
+        self.session.returned(content)
+
+
+_PLAIN = Publish()
+
+
+class _Replies:
+    """The replies to one process: of no queue of its own, and settled by themselves."""
+
+    intake: Intake[Content | Message]
+
+    def __init__(self, carrier: Carrier, channel: Channel) -> None:
+        self._carrier = carrier
+        self._channel = channel
+
+    def __repr__(self) -> str:
+        return f"<{self._channel.name}: {self.intake!r}>"
+
+    async def stop(self) -> None:
+        self._carrier.replies.pop(self._channel.name, None)
+        await self.intake.stop()
+
+    def read(self, delivery: Content | Message) -> Message:
+        return delivery if isinstance(delivery, Message) else read(delivery, self._channel, self._carrier.clock)
+
+    def crashed(self, delivery: Content | Message) -> int:  # noqa: ARG002 - as a Source has it
+        return 0
+
+    def done(self, delivery: Content | Message) -> None: ...
+
+    async def again(self, delivery: Content | Message, copy: Message, after: float) -> None: ...
+
+    async def dead(self, delivery: Content | Message, copy: Message) -> None: ...
+
+    def give_back(self, delivery: Content | Message) -> None: ...
+
+
+# ----------------------------------------------------------------------------------------------------------- consuming
+
+
+class _Consumer(_Wire):
+    """The connection to consume."""
+
+    async def greet(self) -> None:
+        await super().greet()
+        self.carrier.resume(self)
+
+
+class _Subscription:
+    """A consumer on an AMQP channel of its own: what it brought, and what of that is settled."""
+
+    def __init__(self, line: Line, tag: str) -> None:
+        self.line = line
+        self.tag = tag
+        self._low = 1  # the lowest delivery tag that is not settled
+        self._ahead: set[int] = set()  # settled ones above it
+        self._done: list[int] = []  # handled, to be acknowledged in this turn of the loop
+
+    @property
+    def lost(self) -> bool:
+        return self.line.error is not None
+
+    def done(self, tag: int) -> None:
+        done = self._done
+        if not done:
+            self.line.session.loop.call_soon(self.flush)
+        done.append(tag)
+
+    def back(self, tag: int) -> None:
+        """Another receiver may have it."""
+        self._write(settle(self.line.number, tag, "basic.reject", 1))
+        self._ahead.add(tag)
+
+    def flush(self) -> None:
+        """Acknowledges what is done: all that is complete from below in one, the others each."""
+        done, self._done = self._done, []
+        if not done:
+            return
+        done.sort()
+        low, ahead, count = self._low, self._ahead, 0
+        for tag in done:
+            while low in ahead:
+                ahead.discard(low)
+                low += 1
+            if tag != low:
+                break
+            low += 1
+            count += 1
+        self._low = low
+        number = self.line.number
+        acks = [settle(number, done[count - 1], "basic.ack", count > 1)] if count else []
+        for tag in done[count:]:
+            ahead.add(tag)
+            acks.append(settle(number, tag))
+        self._write(b"".join(acks))
+
+    def _write(self, data: bytes) -> None:
+        if self.line.error is None:
+            self.line.session.link.write(data)
+
+
+class _Held:
+    """Something that consumes a queue, for as long as it is held: it subscribes on each new connection."""
+
+    def __init__(self, carrier: Carrier, name: str) -> None:
+        self.carrier = carrier
+        self.name = name
+        self.subscription: _Subscription | None = None
+        self._resuming: asyncio.Task[None] | None = None
+        self._told = ""
+
+    async def subscribe(self, wire: Wire) -> None:
+        """Declares what is missing, and consumes. Raises TransportError with a sentence."""
+        raise NotImplementedError
+
+    async def abort(self) -> None:
+        raise NotImplementedError
+
+    def gone(self, subscription: _Subscription) -> None:
+        """What it had brought comes again, if its queue is still there."""
+
+    async def consume(
+        self, wire: Wire, queue: str, take: Callable[[_Subscription, Content], None], prefetch: int, **fields: Any
+    ) -> None:
+        line = await wire.line()
+        subscription = _Subscription(line, wire.tag())
+        tag = subscription.tag.encode()
+        wire.consumers[tag] = functools.partial(take, subscription)
+        try:
+            await line.call("basic.qos", prefetch_count=min(prefetch, PREFETCH_MAX))
+            self.subscription = subscription
+            await line.call("basic.consume", queue=queue, consumer_tag=subscription.tag, **fields)
+        except TransportError:
+            wire.consumers.pop(tag, None)
+            self.subscription = None
+            await line.close()
+            raise
+        line.ended = functools.partial(self._ended, wire, subscription)
+        line.cancelled = functools.partial(self._cancelled, wire, subscription)
+
+    async def unsubscribe(self) -> None:
+        """Takes no more: what is not acknowledged goes back when the AMQP channel is closed, by `leave`."""
+        subscription = self.subscription
+        if subscription is not None and not subscription.lost:
+            with contextlib.suppress(TransportError):
+                await subscription.line.call("basic.cancel", consumer_tag=subscription.tag)
+
+    async def leave(self) -> None:
+        self.carrier.release(self)
+        if self._resuming is not None:
+            self._resuming.cancel()
+        subscription, self.subscription = self.subscription, None
+        if subscription is not None:
+            subscription.flush()
+            subscription.line.ended = subscription.line.cancelled = _nothing
+            await subscription.line.close()
+            subscription.line.session.consumers.pop(subscription.tag.encode(), None)
+
+    def resume(self, wire: Wire) -> None:
+        if self._resuming is not None:
+            self._resuming.cancel()
+        self._resuming = wire.loop.create_task(self._resume(wire))
+
+    async def _resume(self, wire: Wire) -> None:
+        """Subscribes again, as often as it takes: a queue whose leader is being elected, a right that is missing."""
+        pause = AGAIN_FIRST
+        while wire.error is None:
+            try:
+                await self.subscribe(wire)
+            except (TransportError, CallError, ProtocolError) as error:
+                if wire.error is None and str(error) != self._told:
+                    self._told = str(error)
+                    self.report(error)
+                await self.carrier.clock.sleep(pause)
+                pause = min(pause * 2, AGAIN_LONGEST)
+            else:
+                self._told = ""
+                return
+
+    def report(self, error: Exception) -> None:
+        """A failure that no caller waits for."""
+        asyncio.get_running_loop().call_exception_handler({"message": f"{self.name}: {error}", "exception": error})
+
+    def _ended(self, wire: Wire, subscription: _Subscription, error: Exception) -> None:
+        wire.consumers.pop(subscription.tag.encode(), None)
+        if self.subscription is subscription:
+            self.subscription = None
+        self.gone(subscription)
+        if wire.error is None:  # the broker closed this one alone: a delivery was too long in work, or its queue failed
+            self.report(TransportError(f"{self.name} at {self.carrier.address}: {error}; it is served again"))
+            self.resume(wire)
+
+    def _cancelled(self, wire: Wire, subscription: _Subscription, _: str) -> None:
+        """The queue was deleted, or has moved."""
+        line = subscription.line
+        line.ended = line.cancelled = _nothing
+        wire.consumers.pop(subscription.tag.encode(), None)
+        if self.subscription is subscription:
+            self.subscription = None
+        self.gone(subscription)
+        wire.loop.create_task(line.close()).add_done_callback(lambda task: task.cancelled() or task.exception())
+        self.resume(wire)
+
+
+class _Serving(_Held):
+    """One channel being served."""
+
+    def __init__(self, carrier: Carrier, channel: Channel, receive: Receive, group: str, limit: int) -> None:
+        super().__init__(carrier, channel.name)
+        self.channel = channel
+        self.group = group if channel.fanout else ""
+        self.intake: Intake[Content] = Intake(self, receive, group, limit, carrier.clock, keyed=channel.keyed)
+        self._queue = ""
+        self._prefetch = limit * PREFETCH_KEYED if channel.keyed else limit
+        self._parked = False  # what has not begun goes back when the AMQP channel is closed
+
+    def __repr__(self) -> str:
+        return f"<serving {self.channel.name} as {self.group or 'its one receiver'}: {self.intake!r}>"
+
+    async def subscribe(self, wire: Wire) -> None:
+        assert isinstance(wire, _Wire)  # noqa: S101
+        channel = self.channel
+        place = place_of(channel, self.group, lasting=wire.lasting, suffix=f".{new_id()}")
+        self._queue = place.queue
+        try:
+            await wire.lay_exchange(EXCHANGE)
+            await wire.lay(place, channel)
+            await self.consume(wire, place.queue, self._take, self._prefetch, arguments=place.consumer)
+        except Closed as error:
+            raise TransportError(_sentence(self.carrier.address, place.queue, error)) from error
+
+    def gone(self, subscription: _Subscription) -> None:
+        self.intake.forget(lambda content: content.origin is subscription)
+
+    async def stop(self) -> None:
+        try:
+            if self.channel.keyed:  # the next in line must not get a key of which a message is still in work here
+                self._parked = True
+                await self.intake.stop()
+                await self.unsubscribe()
+            else:
+                await self.unsubscribe()
+                await self.intake.stop()
+        finally:
+            await self.leave()
+
+    async def abort(self) -> None:
+        self._parked = True
+        await self.intake.abort()
+        await self.leave()
+
+    def _take(self, subscription: _Subscription, content: Content) -> None:
+        content.origin = subscription
+        self.intake.put(content, self.read(content).key if self.channel.keyed else "")
+
+    # Source
+
+    def read(self, delivery: Content) -> Message:
+        if delivery.copy is not None:
+            return _fresh(delivery.copy)
+        try:
+            return read(delivery, self.channel, self.carrier.clock)
+        except ProtocolError:  # no broker lets that through
+            return Message(channel=self.channel, body=delivery.body, id=new_id(), headers={})
+
+    def crashed(self, delivery: Content) -> int:
+        return delivery.crashes
+
+    def done(self, delivery: Content) -> None:
+        delivery.origin.done(delivery.tag)
+
+    def give_back(self, delivery: Content) -> None:
+        if not self._parked:
+            delivery.origin.back(delivery.tag)
+
+    async def again(self, delivery: Content, copy: Message, after: float) -> None:
+        if self.channel.temporary or self._streams:  # its queue goes with us, so it may as well wait here
+            delivery.copy = copy
+            self.carrier.clock.call_at(self.carrier.clock.now() + after, lambda: self._back(delivery))
+            return
+        ms = wait(after) if after > 0 else 0
+        if await self.carrier.store(DELAYS if ms else "", self._queue, copy, self._wanted(delivery), delay=ms):
+            self.done(delivery)
+
+    async def dead(self, delivery: Content, copy: Message) -> None:
+        if await self.carrier.store("", DEAD, copy, self._wanted(delivery)):
+            self.done(delivery)
+
+    def _wanted(self, delivery: Content) -> Callable[[], bool]:
+        """Whether it can still be acknowledged; else the broker brings it again."""
+        return lambda: not delivery.origin.lost
+
+    def _back(self, delivery: Content) -> None:
+        if not delivery.origin.lost:
+            self.intake.put(delivery)
+
+    @property
+    def _streams(self) -> bool:
+        return any(isinstance(option, Queue) and option.type == "stream" for option in self.channel.native)
+
+
+class _Tail(_Held):
+    """Copies of what is sent to a channel, from the moment this object is made until it is closed."""
+
+    def __init__(self, carrier: Carrier, pattern: str) -> None:
+        super().__init__(carrier, f"tail of {pattern}")
+        self._pattern = pattern
+        self._kept: deque[Message] = deque(maxlen=TAIL_KEPT)
+        self._more = asyncio.Event()
+        self._closed = False
+        self._starting = asyncio.get_running_loop().create_task(self._start())
+
+    async def _start(self) -> None:
+        connection = await self.carrier.consuming()
+        if connection.session is not None and self.subscription is None and self._resuming is None:
+            self.resume(connection.session)
+
+    async def subscribe(self, wire: Wire) -> None:
+        assert isinstance(wire, _Wire)  # noqa: S101
+        words = self._pattern.split(".")
+        binding = ".".join([*words[:-1], "#"]) if self._pattern.endswith("*") else self._pattern
+        queue = f"quintet.tail.{new_id()}"
+        arguments = {"x-max-length": TAIL_KEPT, "x-queue-type": "classic"}
+        await wire.lay_exchange(EXCHANGE)
+        line = await wire.line()
+        try:
+            await asyncio.gather(
+                line.call("queue.declare", queue=queue, exclusive=True, auto_delete=True, arguments=arguments),
+                line.call("queue.bind", queue=queue, exchange=EXCHANGE, routing_key=binding),
+            )
+        finally:
+            await line.close()
+        await self.consume(wire, queue, self._take, 1000)
+
+    def _take(self, subscription: _Subscription, content: Content) -> None:
+        subscription.done(content.tag)
+        name = content.fields["routing_key"]
+        if name == self._pattern or (self._pattern.endswith("*") and name.startswith(self._pattern[:-1])):
+            self._kept.append(read(content, Channel(name), self.carrier.clock))
+            self._more.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Message:
+        while not self._kept:
+            if self._closed:
+                raise StopAsyncIteration
+            self._more.clear()
+            await self._more.wait()
+        return self._kept.popleft()
+
+    async def aclose(self) -> None:
+        self._closed = True
+        self._more.set()
+        self._starting.cancel()
+        await asyncio.wait([self._starting])
+        await self.leave()
+
+    abort = aclose
+
+
+def _fresh(message: Message) -> Message:
+    return structs.replace(message, headers=dict(message.headers))
+
+
+def _nothing(_: Any) -> None: ...
+
+
+# -------------------------------------------------------------------------------------------------------- dead letters
+
+_LETTERS = Channel(DEAD, durable=True)
+_WHY = {
+    "maxlen": "its queue was full, and it was the oldest",
+    "expired": "it waited longer than its queue or its sender allows",
+    "rejected": "a receiver that is not ours rejected it",
+    "delivery_limit": "its receivers went away more often than its queue allows",
+}
+
+
+def _buried(content: Content, clock: Clock) -> Message:
+    """A dead letter as `bury` has written it; what the broker itself put there tells in its x-death header."""
+    message = read(content, _LETTERS, clock)
+    message.attempt = max(1, message.attempt - content.crashes)  # the looks at it are no attempts
+    if DEAD_CHANNEL not in message.headers:
+        deaths = headers_of(content).get("x-death") or [{}]
+        death: dict[str, Any] = deaths[0] if isinstance(deaths[0], dict) else {}
+        waited = str(death.get("queue", "")).startswith(f"{DELAYS}.")
+        queue = (death.get("routing-keys") or [""])[0] if waited else death.get("queue", "")
+        name, _, group = str(queue).partition("@")
+        why = "its queue is gone" if waited else _WHY.get(str(death.get("reason")), str(death.get("reason", "")))
+        when = death.get("time")
+        message.headers |= {
+            DEAD_CHANNEL: name,
+            DEAD_FANOUT: "yes" if group else "",
+            DEAD_GROUP: group,
+            DEAD_REASON: why,
+            DEAD_AT: f"{when.timestamp():.3f}" if isinstance(when, datetime.datetime) else "",
+            DEAD_ID: f"{message.id}@{group or name}",
+        }
+    return message
+
+
+def _letter(content: Content, clock: Clock) -> DeadLetter:
+    return letter(_buried(content, clock))
+
+
+def _revived(content: Content, clock: Clock) -> tuple[Message, str]:
+    return revive(_buried(content, clock))
