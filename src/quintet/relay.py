@@ -10,11 +10,12 @@ import asyncio
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from contextvars import copy_context
 from typing import Any
 
 from msgspec import DecodeError
 
-from quintet.binding import Bound, bind
+from quintet.binding import bind
 from quintet.call import Options
 from quintet.client import Sender
 from quintet.clock import Clock
@@ -55,6 +56,7 @@ class Relay:
         self._stopping = False
         self._paused: set[asyncio.Event] = set()  # after a failure
         self._looking: asyncio.Task[None] | None = None
+        self._context = copy_context()
         self._leads = False  # else another instance relays
         self._outbox: Outbox | None = None
         self.connected = True
@@ -111,7 +113,9 @@ class Relay:
             return
         self._more.add(channel)
         if self._leads and channel not in self._lanes:
-            self._lanes[channel] = asyncio.get_running_loop().create_task(self._carry(channel))
+            # not in the context of the handler that woke us: its deadline is not the relay's
+            context = self._context.copy()
+            self._lanes[channel] = asyncio.get_running_loop().create_task(self._carry(channel), context=context)
 
     async def _look(self) -> None:
         while True:
@@ -266,17 +270,16 @@ def _way(sender: Sender, format_name: str) -> Way:
         return Way(operation, sender.prepare, sender.send)
 
     def prepare(args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Message:
-        return _rebound(sender.prepare(args, kwargs, options), outside, inside)
+        return _moved(sender.prepare(args, kwargs, options), inside.request(operation.record(*args, **kwargs)))
 
     async def send(message: Message) -> None:
-        await sender.send(_rebound(message, inside, outside))
+        await sender.send(_moved(message, outside.request(inside.arguments(message))))
 
     return Way(operation, prepare, send)
 
 
-def _rebound(message: Message, before: Bound, after: Bound) -> Message:
-    """The same message in another binding."""
-    moved = after.request(before.arguments(message))
-    moved.id, moved.sender, moved.key, moved.deadline = message.id, message.sender, message.key, message.deadline
-    moved.headers = {name: value for name, value in message.headers.items() if not name.startswith(":")} | moved.headers
-    return moved
+def _moved(message: Message, other: Message) -> Message:
+    """The other, which holds the same in another binding, with what goes beside it."""
+    other.id, other.sender, other.key, other.deadline = message.id, message.sender, message.key, message.deadline
+    other.headers |= {name: value for name, value in message.headers.items() if not name.startswith(":")}
+    return other

@@ -94,7 +94,7 @@ class Keeper(Box):
         try:
             given = conninfo_to_dict(address.text)
         except psycopg.ProgrammingError as error:
-            raise AddressError(f"{address}: {str(error).strip()}") from None
+            raise AddressError(f"{address}: {_first_line(error)}") from None
         named = {"application_name": f"quintet outbox of {service}"}
         self._options: dict[str, Any] = {**DEFAULTS, **named, **given}
         self._working: AsyncConnection[Any] | None = None
@@ -143,7 +143,7 @@ class Keeper(Box):
         except TimeoutError:
             raise TransportError(f"{self.address}: PostgreSQL did not answer within {PATIENCE:g} s") from None
         except self._psycopg.Error as error:
-            raise TransportError(f"{self.address}: PostgreSQL says {str(error).strip()}") from error
+            raise TransportError(f"{self.address}: PostgreSQL says {_first_line(error)}") from error
 
     @asynccontextmanager
     async def _session(self) -> AsyncGenerator[AsyncConnection[Any]]:
@@ -237,3 +237,7 @@ class Keeper(Box):
 
 async def _ended(execution: Awaitable[object]) -> None:
     await execution
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

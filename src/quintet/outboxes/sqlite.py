@@ -27,7 +27,7 @@ class Keeper(Box):
 
     def __init__(self, address: Address, service: str, clock: Clock) -> None:
         super().__init__(address, service, clock)
-        self._file = database.file_of(address) if address.scheme == "sqlite" else None
+        self._file = database.file_of(address).resolve() if address.scheme == "sqlite" else None
         self._holder = new_id()
         self._topic = f"outbox {service}"
         self._opened: database.Database | None = None
@@ -117,7 +117,7 @@ def _nobody(channel: str) -> None:
 
 
 def _same(name: str, file: Path) -> bool:
-    return bool(name) and (name == str(file) or Path(name).resolve() == file.resolve())
+    return name == str(file) or (bool(name) and Path(name).resolve() == file)
 
 
 def _create(transaction: database.Transaction, _: None) -> None:
