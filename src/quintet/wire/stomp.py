@@ -38,10 +38,6 @@ _TO_PLAIN = {
     "1.1": {"\\": "\\", "c": ":", "n": "\n"},
     "1.2": {"\\": "\\", "c": ":", "n": "\n", "r": "\r"},
 }
-_TO_ESCAPED = {
-    version: str.maketrans({plain: "\\" + letter for letter, plain in table.items()})
-    for version, table in _TO_PLAIN.items()
-}
 
 
 class Frame(Struct):
@@ -192,16 +188,22 @@ def _plain(text: str, version: str) -> str:
 
 def escape(text: str, version: str) -> str:
     """A header's name or value as it is written. Raises ValueError for what the version cannot write."""
-    if version in _TO_ESCAPED:
-        return text.translate(_TO_ESCAPED[version])
+    if version in _TO_PLAIN:
+        text = text.replace("\\", "\\\\").replace(":", "\\c").replace("\n", "\\n")
+        return text.replace("\r", "\\r") if version == "1.2" else text
     if "\n" in text:
         raise ValueError(f"STOMP {version or '1.0'} cannot carry a line break in a header: {text[:40]!r}")
     return text
 
 
-def encode(version: str, command: str, headers: Mapping[str, str], body: bytes = b"", written: str = "") -> bytes:
-    """A frame as bytes. `written`: lines of headers that are escaped already, to stand first. Raises ValueError where a
-    header cannot be written; 1.2 can write every one."""
+def encode(version: str, command: str, headers: Mapping[str, str], body: bytes = b"") -> bytes:
+    """A frame as bytes. Raises ValueError where a header cannot be written; 1.2 can write every one."""
+    return command.encode() + b"\n" + encode_rest(version, command, headers, body)
+
+
+def encode_rest(version: str, command: str, headers: Mapping[str, str], body: bytes = b"", written: str = "") -> bytes:
+    """What stands behind a frame's command. `written`: lines of headers, escaped already, that are to stand first.
+    Raises ValueError as `encode` does."""
     count = len(headers)
     head = "".join([f"{name}:{value}\n" for name, value in headers.items()])
     plain = head.count(":") == count and head.count("\n") == count and "\\" not in head and "\r" not in head
@@ -209,11 +211,11 @@ def encode(version: str, command: str, headers: Mapping[str, str], body: bytes =
         head = _lines(version if command not in GREETINGS else "", headers)
     if command in WITH_BODY:
         head = f"{head}content-length:{len(body)}\n"
-    return b"%b\n%b\0" % (f"{command}\n{written}{head}".encode(), body)
+    return b"%b\n%b\0" % (f"{written}{head}".encode(), body)
 
 
 def _lines(version: str, headers: Mapping[str, str]) -> str:
-    if version not in _TO_ESCAPED and (odd := [name for name in headers if ":" in name]):
+    if version not in _TO_PLAIN and (odd := [name for name in headers if ":" in name]):
         raise ValueError(f"STOMP {version or '1.0'} cannot carry a colon in the name of a header: {odd[0][:40]!r}")
     return "".join([f"{escape(name, version)}:{escape(value, version)}\n" for name, value in headers.items()])
 

@@ -1,0 +1,985 @@
+"""STOMP, to ActiveMQ Classic and to RabbitMQ's plugin (how a message looks there: `wire/stomp_message.py`).
+
+Everything is sent over one connection, and what is served comes over another, so that a broker that will not take more
+does not keep acknowledgements from being read. Replies come over the one that their requests went out by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from functools import partial
+from typing import ClassVar, Final, Literal
+
+from msgspec import Struct, structs
+
+from quintet.clock import SYSTEM, Clock, Handle
+from quintet.connection import TLS_OPTIONS, Connection, Link, Lost, Refused, credentials
+from quintet.connection import Session as BrokerSession
+from quintet.errors import (
+    AddressError,
+    CallError,
+    ChannelFull,
+    ConfigurationError,
+    ConnectionLost,
+    InvalidMessage,
+    QuintetError,
+    TransportError,
+    Unavailable,
+)
+from quintet.intake import Intake
+from quintet.letters import DEAD_LETTERS, letter, revive
+from quintet.message import Channel, Message, Native, native_of, new_id
+from quintet.transport import Address, DeadLetter, Finding, Receive, Trait, Transport
+from quintet.wire.names import DEAD, FIELDS
+from quintet.wire.stomp import BEAT, VERSIONS, Frame, Parser, agree_beats, encode, encode_rest, escape
+from quintet.wire.stomp_message import (
+    CRASHED,
+    DIALECTS,
+    GONE,
+    MARK,
+    REPLIES,
+    TEMPORARY,
+    Dialect,
+    crashes,
+    destination,
+    headers_of,
+    message_of,
+    quoted,
+    subscription,
+    waiting_room,
+)
+
+PORT, TLS_PORT = 61613, 61614
+HEARTBEAT = 5.0  # seconds, unless ?heartbeat= says otherwise
+SILENT_BEATS = 2.0  # heart-beats that may be missing until the broker is taken for gone
+
+COMMITS: Final = 2  # transactions under way at once: what comes meanwhile goes into the next one together
+TOGETHER, TOGETHER_BYTES = 256, 1 << 20  # messages and bytes of one transaction
+KEYED_PREFETCH: Final = 4  # times the limit: what waits behind its key must not keep the others from coming
+BEGUN_KEPT = 1000  # ids of deliveries that are remembered, to know those that a restarted broker brings again
+WAYS_KEPT = 4096
+LETTERS_READ = 10_000  # dead letters that are looked at, the oldest
+LETTERS_SECONDS = 10.0  # that another process may keep us from looking
+DELAY: Final = "AMQ_SCHEDULED_DELAY"
+SHORTEST_WAIT = 0.02  # seconds of delay that are not worth a queue of their own
+
+
+class Subscription(Native, frozen=True, kw_only=True):
+    """Of a channel that is served: `Channel.native`.
+
+    `selector`: which messages to receive at all, an SQL 92 condition on headers whose names have no "-" (ActiveMQ).
+    `exclusive`: of all receivers only one is served at a time. `prefetch`: messages that the broker may hand out before
+    they are acknowledged, instead of the handlers' limit. `headers`: further ones of SUBSCRIBE, as they are.
+    """
+
+    selector: str = ""
+    exclusive: bool = False
+    prefetch: int = 0
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.prefetch < 0:
+            raise ConfigurationError(f"{self!r}: prefetch must be 1 or more messages, or 0 for the handlers' limit")
+        _check_headers(self, self.headers)
+
+
+class Publish(Native, frozen=True, kw_only=True):
+    """Of one message, or of all that are sent to a channel: `Message.native`, `Channel.native`.
+
+    `priority`: 0 to 9, where 4 is what all others have. `headers`: further ones of SEND, as they are.
+    """
+
+    priority: int | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.priority is not None and not 0 <= self.priority <= 9:
+            raise ConfigurationError(f"{self!r}: priority must be 0 to 9")
+        _check_headers(self, self.headers)
+
+    def written(self) -> dict[str, str]:
+        return dict(self.headers) | ({} if self.priority is None else {"priority": str(self.priority)})
+
+
+_OURS = frozenset({"destination", "id", "ack", "receipt", "transaction", "content-length", "selector"})
+
+
+def _check_headers(options: Native, headers: tuple[tuple[str, str], ...]) -> None:
+    if taken := [name for name, _ in headers if name in _OURS]:
+        raise ConfigurationError(f"{options!r}: the header {taken[0]} is not for you to write")
+
+
+_SUBSCRIPTION, _PUBLISH = Subscription(), Publish()
+
+
+class Refusal(TransportError):
+    """The broker answered a frame with ERROR: it did nothing of it. `text` is all that it says."""
+
+    def __init__(self, frame: Frame) -> None:
+        message, body = frame.headers.get("message", ""), frame.body.decode("utf-8", "replace").strip()
+        first = body.partition("\n")[0].strip()
+        super().__init__(first if message in first or not message else f"{message}: {first}".removesuffix(": "))
+        self.text = f"{message}\n{body}"
+
+
+class _Unwritten(Exception):
+    """The session ended before the bytes were written."""
+
+
+# One connection while it stands
+
+
+class _Unit(Struct, eq=False):
+    """What is to happen together: a message that is sent, and perhaps a delivery that is acknowledged by it."""
+
+    data: bytes  # of a SEND, from behind its command on
+    done: asyncio.Future[None]
+    ack: str
+    alone: bool
+
+
+class _Way(Struct):
+    """How messages of one channel are written: what is the same for all, as lines."""
+
+    written: str
+    durable: bool
+    temporary: bool
+    keyed: bool
+
+
+class Session(BrokerSession):
+    """One connection to a broker, from CONNECTED to its loss. `Carrier.native` gives the one that sends: its `request`
+    has the broker do what Quintet has no word for. Do not keep it: the next connection has another one."""
+
+    def __init__(self, line: _Line, link: Link) -> None:
+        super().__init__(link)
+        self.server = ""
+        self.version = ""
+        self.beats = (0.0, 0.0)
+        self.dialect = DIALECTS["activemq"]
+        self._line = line
+        self._parser = Parser()
+        self._loop = asyncio.get_running_loop()
+        self._greeted: asyncio.Future[Frame] = self._loop.create_future()
+        self._receipts: dict[str, Callable[[Exception | None], None]] = {}
+        self._count = 0
+        self._ways: dict[Channel, _Way] = {}
+        self._waiting: deque[_Unit] = deque()
+        self._commits = 0
+        self._flushing = False
+        self._scheduler: asyncio.Future[bool] | None = None
+
+    def __repr__(self) -> str:
+        return f"<session with {self.server or 'a broker'}, STOMP {self.version or '?'}>"
+
+    async def request(self, command: str, headers: Mapping[str, str], body: bytes = b"") -> None:
+        """Writes any frame and waits for its receipt. Raises Refusal where the broker answers with an error, and Lost
+        where the connection broke before it answered."""
+        done: asyncio.Future[None] = self._loop.create_future()
+        receipt = self._receipt(partial(_resolve, done))
+        self.link.write(encode(self.version, command, {**headers, "receipt": receipt}, body))
+        await done
+
+    # what connections call
+
+    async def greet(self) -> None:
+        carrier = self._line.carrier
+        user, password = credentials(carrier.address)
+        beat = str(int(carrier.heartbeat * 1000))
+        headers = {"accept-version": ",".join(VERSIONS), "host": carrier.host, "heart-beat": f"{beat},{beat}"}
+        if user:
+            headers |= {"login": user, "passcode": password}
+        self.link.write(encode("", "CONNECT", headers))
+        connected = await self._greeted
+        self.version = self._parser.version
+        self.server = connected.headers.get("server", "")
+        self.dialect = carrier.dialect_of(self.server)
+        self.beats = agree_beats((carrier.heartbeat, carrier.heartbeat), connected.headers.get("heart-beat", ""))
+        if self.beats[0]:
+            self.link.beat(self.beats[0] / 2, BEAT)  # brokers allow no delay on the way
+        if self.beats[1]:
+            self.link.expect(self.beats[1] * SILENT_BEATS)
+        for subscribed in list(self._line.subscribed.values()):
+            await self.subscribe(subscribed)
+
+    def received(self, data: bytes) -> None:
+        for frame in self._parser.feed(data):
+            command, headers = frame.command, frame.headers
+            if command == "MESSAGE":
+                subscribed = self._line.subscribed.get(headers.get("subscription", ""))
+                if subscribed is not None:
+                    subscribed.heard(self, frame)
+            elif command == "RECEIPT":
+                answered = self._receipts.pop(headers.get("receipt-id", ""), None)
+                if answered is not None:
+                    answered(None)
+            elif command == "ERROR":
+                self._refused(frame)
+            elif command == "CONNECTED" and not self._greeted.done():
+                self._greeted.set_result(frame)
+
+    def _refused(self, frame: Frame) -> None:
+        refusal = Refusal(frame)
+        answered = self._receipts.pop(frame.headers.get("receipt-id", ""), None)
+        if answered is not None:
+            answered(refusal)
+        elif not self._greeted.done():
+            self._greeted.set_exception(Refused(f"{self._line.carrier.address}: the broker refuses us: {refusal}"))
+        elif "DestinationDoesNotExist" not in refusal.text:  # so ActiveMQ says that a temporary queue went away
+            self.link.error = Lost(str(refusal))  # in case it hangs up, as it should
+
+    def lost(self, error: Exception) -> None:
+        if not self._greeted.done():
+            self._greeted.cancel()
+        receipts, self._receipts = self._receipts, {}
+        for answered in receipts.values():
+            answered(error)
+        for unit in self._waiting:
+            if not unit.done.done():
+                unit.done.set_exception(_Unwritten())
+        self._waiting.clear()
+        if self._scheduler is not None and not self._scheduler.done():
+            self._scheduler.set_result(False)
+        for subscribed in self._line.subscribed.values():
+            if subscribed.session is self:
+                subscribed.session = None
+                subscribed.lost(self)
+
+    async def farewell(self) -> None:
+        await self.request("DISCONNECT", {})
+
+    # what the carrier calls
+
+    async def subscribe(self, subscribed: _Subscribed) -> None:
+        subscribed.session = self
+        if subscribed.headers is not None:
+            await self.request("SUBSCRIBE", {"id": subscribed.id} | subscribed.headers)
+
+    def way(self, channel: Channel, group: str = "") -> _Way:
+        """How a message is sent to the channel; with a group: to it alone."""
+        found = None if group else self._ways.get(channel)
+        if found is None:
+            dialect = self.dialect
+            headers = {"destination": destination(dialect, channel, group)}
+            if channel.durable:
+                headers["persistent"] = "true"
+            if dialect.exclusive_sent and not channel.fanout and is_exclusive(channel, dialect):
+                headers |= dialect.exclusive
+            headers |= native_of(channel.native, Publish, _PUBLISH).written()
+            found = _Way(self._lines(headers), channel.durable, channel.temporary, channel.keyed)
+            if not group:
+                if len(self._ways) >= WAYS_KEPT:  # the callers of a service come and go
+                    self._ways.clear()
+                self._ways[channel] = found
+        return found
+
+    def send(self, way: _Way, headers: dict[str, str], body: bytes) -> None:
+        """Writes a message and asks for no receipt. Raises ValueError."""
+        self.link.write(b"SEND\n" + encode_rest(self.version, "SEND", headers, body, way.written))
+
+    def waiting_room(self, channel: Channel, group: str, after: float) -> _Way:
+        """How a message is sent that the channel's group is to get after so many seconds, without a scheduler."""
+        lines = self._lines(waiting_room(self.dialect, channel, group, after))
+        return _Way(lines, durable=True, temporary=False, keyed=False)
+
+    def acknowledge(self, headers: Mapping[str, str]) -> None:
+        self.link.write(f"ACK\n{self.ack(headers)}\n\0".encode())
+
+    def fit(self, headers: dict[str, str]) -> dict[str, str]:
+        """The headers of a copy, which must not fail: 1.0 has no line breaks and no colons in names."""
+        if self.version != "1.0":
+            return headers
+        return {name: value.replace("\n", " ") for name, value in headers.items() if not {":", "\n"} & {*name}}
+
+    def ack(self, headers: Mapping[str, str]) -> str:
+        """The lines by which an ACK names a delivery."""
+        version = self.version
+        if version == "1.2":
+            return f"id:{escape(headers.get('ack', ''), version)}\n"
+        lines = f"message-id:{escape(headers.get('message-id', ''), version)}\n"
+        return lines + (
+            f"subscription:{escape(headers.get('subscription', ''), version)}\n" if version == "1.1" else ""
+        )
+
+    def together(
+        self, way: _Way, headers: dict[str, str], body: bytes, *, ack: str = "", alone: bool = False
+    ) -> asyncio.Future[None]:
+        """Sends a message, acknowledges a delivery if and when that is certain, and tells when it is.
+
+        Where the broker has transactions, all that is there at once goes into one: it costs one write to the disk.
+        `alone`: no transaction will do. The future fails with Refusal, Lost or _Unwritten. Raises ValueError.
+        """
+        data = encode_rest(self.version, "SEND", headers, body, way.written)
+        unit = _Unit(data, self._loop.create_future(), ack, alone)
+        self._waiting.append(unit)
+        self._flush_soon()
+        return unit.done
+
+    def _lines(self, headers: Mapping[str, str]) -> str:
+        return "".join(f"{escape(n, self.version)}:{escape(v, self.version)}\n" for n, v in headers.items())
+
+    def _flush_soon(self) -> None:
+        if not self._flushing and self._commits < COMMITS:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        waiting, transactions = self._waiting, self.dialect.transactions
+        units: list[_Unit] = []
+        size = 0
+        while waiting and size < TOGETHER_BYTES and len(units) < TOGETHER:
+            unit = waiting.popleft()
+            if unit.done.done():  # its sender waits no longer: it is not sent
+                continue
+            if unit.alone or not transactions:
+                self._single(unit)
+                continue
+            units.append(unit)
+            size += len(unit.data)
+        if units:
+            self._commits += 1
+            self._commit(units)
+        if waiting:
+            self._flush_soon()
+
+    def _single(self, unit: _Unit) -> None:
+        def answered(error: Exception | None) -> None:
+            if error is None and unit.ack:
+                self.link.write(f"ACK\n{unit.ack}\n\0".encode())
+            _resolve(unit.done, error)
+
+        self._send(unit, f"receipt:{self._receipt(answered)}\n")
+
+    def _commit(self, units: list[_Unit]) -> None:
+        def answered(error: Exception | None) -> None:
+            self._commits -= 1
+            if isinstance(error, Refusal) and len(units) > 1:  # one of them is at fault, and it undid them all
+                for unit in units:
+                    self._commits += 1
+                    self._commit([unit])
+            else:
+                for unit in units:
+                    _resolve(unit.done, error)
+            if self._waiting:
+                self._flush_soon()
+
+        receipt = self._receipt(answered)
+        if len(units) == 1 and not units[0].ack:
+            self._send(units[0], f"receipt:{receipt}\n")
+            return
+        write, within = self.link.write, f"transaction:t{receipt}\n"
+        write(f"BEGIN\n{within}\n\0".encode())
+        for unit in units:
+            self._send(unit, within)
+            if unit.ack:
+                write(f"ACK\n{unit.ack}{within}\n\0".encode())
+        write(f"COMMIT\n{within}receipt:{receipt}\n\n\0".encode())
+
+    def _send(self, unit: _Unit, line: str) -> None:
+        self.link.write(b"SEND\n" + line.encode())
+        self.link.write(unit.data)
+
+    def _receipt(self, answered: Callable[[Exception | None], None]) -> str:
+        self._count += 1
+        receipt = str(self._count)
+        self._receipts[receipt] = answered
+        return receipt
+
+    async def delays(self) -> bool:
+        """Whether this broker delays messages: known by a message to ourselves, for it says so nowhere else."""
+        if not self.dialect.scheduler:
+            return False
+        if self._scheduler is None:
+            known = self._scheduler = self._loop.create_future()
+            probe = _Subscribed("probe", {"destination": f"{REPLIES}probe", "ack": "auto"})
+
+            def heard(_: Session, frame: Frame) -> None:
+                if not known.done():
+                    known.set_result("scheduledJobId" in frame.headers)
+                    self._line.subscribed.pop(probe.id, None)
+
+            probe.heard = heard
+            self._line.subscribed[probe.id] = probe
+            await self.subscribe(probe)
+            self.link.write(encode(self.version, "SEND", {"destination": f"{REPLIES}probe", DELAY: "1"}))
+        return await asyncio.shield(self._scheduler)
+
+
+def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
+    if not future.done():
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+
+def is_exclusive(channel: Channel, dialect: Dialect) -> bool:
+    if channel.name == DEAD:
+        return True
+    return native_of(channel.native, Subscription, _SUBSCRIPTION).exclusive or (channel.keyed and not dialect.key)
+
+
+def _nothing(*_: object) -> None:
+    """What there is to do until somebody wants to know."""
+
+
+class _Subscribed:
+    """What is subscribed to on a line: again on each of its connections."""
+
+    def __init__(self, id_: str, headers: dict[str, str] | None) -> None:
+        """`headers`: those of SUBSCRIBE; None where none is to be sent."""
+        self.id = id_
+        self.headers = headers
+        self.session: Session | None = None
+        self.heard: Callable[[Session, Frame], None] = _nothing
+        self.lost: Callable[[Session], None] = _nothing
+
+
+class _Line:
+    """A connection that comes back, and what is subscribed to on it."""
+
+    def __init__(self, carrier: Carrier, *, alone: bool = False) -> None:
+        """`alone`: it has one subscription, and ends with it."""
+        self.carrier = carrier
+        self.alone = alone
+        self.subscribed: dict[str, _Subscribed] = {}
+        secured = carrier.address.scheme.endswith("s")
+        self.connection = Connection(
+            carrier.address,
+            TLS_PORT if secured else PORT,
+            partial(Session, self),
+            carrier.clock,
+            self._tell,
+            secured=secured,
+        )
+
+    def _tell(self, kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None:
+        self.carrier.told(self, kind, subject, reason)
+
+    async def close(self) -> None:
+        self.carrier.closed(self)
+        await self.connection.close()
+
+    async def subscribe(self, subscribed: _Subscribed) -> None:
+        """Returns once the broker has confirmed it; it is repeated on each new connection. Raises Refusal."""
+        self.subscribed[subscribed.id] = subscribed
+        try:
+            while subscribed.session is not (session := await self.connection.ready(None)):
+                with contextlib.suppress(Lost):
+                    await session.subscribe(subscribed)
+        except BaseException:
+            self.subscribed.pop(subscribed.id, None)
+            raise
+
+    async def unsubscribe(self, subscribed: _Subscribed) -> None:
+        self.subscribed.pop(subscribed.id, None)
+        session, subscribed.session = subscribed.session, None
+        if session is not None and subscribed.headers is not None:
+            with contextlib.suppress(TransportError):  # gone, and the subscription with it
+                await session.request("UNSUBSCRIBE", {"id": subscribed.id})
+
+
+# One channel that is served
+
+
+class _Delivery(Struct, eq=False):
+    """A message as it came, and the session that is to hear what became of it."""
+
+    headers: dict[str, str]
+    body: bytes
+    session: Session | None
+    broken: int = 0  # 1: whoever had it before did not end
+    copy: Message | None = None  # what is handed out instead: the next attempt, of a message that has no queue
+
+
+class _Serving:
+    """A channel that is received: the Source of its Intake."""
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        line: _Line,
+        subscribed: _Subscribed,
+        channel: Channel,
+        receive: Receive,
+        group: str,
+        limit: int,
+    ) -> None:
+        self.carrier = carrier
+        self.line = line
+        self.channel = channel
+        self.group = group
+        self.subscribed = subscribed
+        subscribed.heard, subscribed.lost = self._heard, self._lost
+        self.intake: Intake[_Delivery] = Intake(self, receive, group, limit, carrier.clock, keyed=channel.keyed)
+        self._acknowledges = not channel.replies
+        self._temporary = channel.temporary  # it has no queue that a copy could be sent to
+        self._keyed = channel.keyed  # and a copy would lose its place
+        self._begun: deque[str] = deque(maxlen=BEGUN_KEPT)
+        self._suspects: frozenset[str] = frozenset()
+        self._unbegun: list[_Delivery] = []
+        self._timers: set[Handle] = set()
+        self._leaving = False
+
+    def __repr__(self) -> str:
+        return f"<serving {self.channel.name} as {self.group or 'its one receiver'}: {self.intake!r}>"
+
+    def _heard(self, session: Session, frame: Frame) -> None:
+        headers = frame.headers
+        delivery = _Delivery(headers, frame.body, session)
+        if self._acknowledges and (
+            headers.get("redelivered") == "true"
+            or (self._suspects and headers.get("message-id", "") in self._suspects)  # of a broker that has forgotten it
+        ):
+            delivery.broken = 1
+            if not (self._keyed or self._temporary or self._leaving):
+                self._recount(session, delivery)
+                return
+        self.intake.put(delivery, headers.get(FIELDS["key"], "") if self._keyed else "")
+
+    def _recount(self, session: Session, delivery: _Delivery) -> None:
+        """Its receiver went away in the midst of it, and the broker does not count that: a copy that does takes its
+        place, before anyone begins, or what kills its receivers would do so for ever."""
+        copy = self.read(delivery)
+        more = {CRASHED: str(self.crashed(delivery))}
+        settled = session.together(*self._copy(session, copy, more), ack=session.ack(delivery.headers))
+        settled.add_done_callback(_heed)
+
+    def _copy(self, session: Session, copy: Message, more: dict[str, str]) -> tuple[_Way, dict[str, str], bytes]:
+        way = session.way(self.channel, self.group)
+        headers = self.carrier.headers(copy, session, way) | more
+        return way, session.fit(headers), copy.body
+
+    def _lost(self, session: Session) -> None:
+        if not self._temporary:
+            self._drop_timers()
+        self._suspects = frozenset(self._begun)
+        self.intake.forget(lambda delivery: delivery.session is session)
+
+    def _later(self, after: float, act: Callable[[], None]) -> None:
+        def due() -> None:
+            self._timers.discard(timer)
+            act()
+
+        timer = self.carrier.clock.call_at(self.carrier.clock.now() + after, due)
+        self._timers.add(timer)
+
+    def _drop_timers(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+
+    # Source
+
+    def read(self, delivery: _Delivery) -> Message:
+        if delivery.copy is not None:
+            return structs.replace(delivery.copy, headers=delivery.copy.headers.copy())
+        headers = delivery.headers
+        if self._acknowledges:
+            self._begun.append(headers.get("message-id", ""))
+        message = message_of(headers, delivery.body, self.channel, self.carrier.clock)
+        message.attempt += delivery.broken
+        return message
+
+    def crashed(self, delivery: _Delivery) -> int:
+        return crashes(delivery.headers) + delivery.broken
+
+    def done(self, delivery: _Delivery) -> None:
+        if self._acknowledges and delivery.session is not None:
+            delivery.session.acknowledge(delivery.headers)
+
+    async def again(self, delivery: _Delivery, copy: Message, after: float) -> None:
+        session = delivery.session
+        if self._temporary or session is None:
+            self.done(delivery)
+            waiting = _Delivery({}, copy.body, None, copy=copy)
+            self._later(after, lambda: self.intake.put(waiting, copy.key if self._keyed else ""))
+            return
+        ack = session.ack(delivery.headers)
+        with contextlib.suppress(TransportError, _Unwritten):
+            if after < SHORTEST_WAIT:
+                await session.together(*self._copy(session, copy, {}), ack=ack)
+            elif not session.dialect.scheduler:
+                _, headers, body = self._copy(session, copy, {})
+                room = session.waiting_room(self.channel, self.group, after)
+                await session.together(room, headers, body, ack=ack)
+            elif await session.delays():
+                delayed = self._copy(session, copy, {DELAY: str(int(after * 1000))})
+                await session.together(*delayed, ack=ack, alone=True)  # ActiveMQ schedules behind the commit: too late
+            else:
+                ready = self._copy(session, copy, {})
+                self._later(after, lambda: session.together(*ready, ack=ack).add_done_callback(_heed))
+
+    async def dead(self, delivery: _Delivery, copy: Message) -> None:
+        session = delivery.session
+        if self._temporary or session is None:
+            copy.headers[GONE] = "yes"
+            with contextlib.suppress(CallError):
+                await self.carrier.send(copy)
+                self.done(delivery)
+            return
+        way = session.way(DEAD_LETTERS)
+        headers = session.fit(self.carrier.headers(copy, session, way))
+        with contextlib.suppress(TransportError, _Unwritten):
+            await session.together(way, headers, copy.body, ack=session.ack(delivery.headers))
+
+    def give_back(self, delivery: _Delivery) -> None:
+        self._unbegun.append(delivery)
+
+    # Ending
+
+    async def stop(self) -> None:
+        drained = False
+        try:
+            await self.intake.stop()
+            drained = True
+        finally:
+            await self._leave(drained)
+
+    async def abort(self) -> None:
+        """Its line is closed next, which gives back what was not settled."""
+        self._leaving = True
+        self._drop_timers()
+        await self.intake.abort()
+
+    async def _leave(self, drained: bool) -> None:
+        self._leaving = True
+        self._drop_timers()
+        self.carrier.ended(self)
+        session = self.subscribed.session
+        if drained and session is not None and not (self._keyed or self._temporary):
+            # the broker takes for broken off what it gets back: so a copy takes the place of what was not even begun
+            unbegun = [delivery for delivery in self._unbegun if delivery.session is session and not delivery.broken]
+            moved = [
+                session.together(*self._copy(session, self.read(delivery), {}), ack=session.ack(delivery.headers))
+                for delivery in unbegun
+            ]
+            await asyncio.gather(*moved, return_exceptions=True)
+        if self.line.alone:
+            await self.line.close()
+        else:
+            await self.line.unsubscribe(self.subscribed)
+
+
+def _heed(settled: asyncio.Future[None]) -> None:
+    """Looks at the outcome that nobody waits for: where it is bad the broker brings the message again."""
+    if not settled.cancelled():
+        settled.exception()
+
+
+# The transport
+
+
+class Carrier(Transport):
+    """`stomp://[user:password@]host[:61613][,host...][/vhost]`, `stomps://` with TLS (61614), with these options:
+
+    dialect=activemq    or rabbitmq: whose STOMP it is, where the broker does not say so itself
+    heartbeat=5         seconds between two signs of life, both ways; twice that is silence and the end of a connection
+    ca, cert, certkey, verify: how TLS is secured (`connection.py`)
+    """
+
+    traits: ClassVar[frozenset[Trait]] = frozenset(
+        {Trait.FANOUT, Trait.DURABLE, Trait.REDELIVERS, Trait.DELAYS, Trait.ORDERED}
+    )
+    options: ClassVar[frozenset[str]] = TLS_OPTIONS | {"dialect", "heartbeat"}
+
+    def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
+        super().__init__(address, clock)
+        self.heartbeat = address.option("heartbeat", HEARTBEAT)
+        if not 0 <= self.heartbeat < 3600:
+            raise AddressError(f"{address}: option heartbeat must be a number of seconds, 0 for none")
+        name = address.options.get("dialect", "")
+        if name and name not in DIALECTS:
+            raise AddressError(f"{address}: option dialect={name!r} must be {' or '.join(DIALECTS)}")
+        self.host = address.path[1:] or "/"
+        self._dialect = DIALECTS.get(name)
+        self._out = _Line(self)
+        self._in: _Line | None = None
+        self._opening = asyncio.Lock()
+        self._lines: list[_Line] = [self._out]
+        self._away: set[_Line] = set()
+        self._servings: list[_Serving] = []
+        self._replies: dict[str, str] = {}
+        self._numbers = itertools.count(1)
+
+    async def open(self) -> None:
+        await self._out.connection.open()
+
+    async def close(self) -> None:
+        """Cancels what is still in work; it goes back to its channel."""
+        servings, self._servings = self._servings, []
+        await asyncio.gather(*(serving.abort() for serving in servings))
+        await asyncio.gather(*(line.close() for line in list(self._lines)))
+
+    @property
+    def connected(self) -> bool:
+        return not self._away
+
+    @property
+    def native(self) -> Session:
+        """The connection that sends: `await transport.native.request("SEND", {"destination": ...}, body)`."""
+        session = self._out.connection.session
+        if session is None:
+            raise Unavailable(f"{self!r} is not connected to its broker")
+        return session
+
+    async def examine(self) -> Sequence[Finding]:
+        session = await self._out.connection.ready(None)
+        ours, theirs = session.beats
+        findings = [
+            Finding("broker", f"{session.server or 'does not say what it is'}, taken for {session.dialect.name}"),
+            Finding("protocol", f"STOMP {session.version}"),
+            Finding(
+                "heart-beats", f"every {ours:g} s from here, every {theirs:g} s from the broker", bool(ours and theirs)
+            ),
+        ]
+        if not session.dialect.scheduler:
+            says = "in a queue for each delay, which the broker keeps"
+            findings.append(Finding("delayed redelivery", says))
+        elif await session.delays():
+            findings.append(Finding("delayed redelivery", "by the broker's scheduler"))
+        else:
+            says = (
+                "its scheduler is off: what is to come again waits in this process, which must hold it until then;"
+                ' write schedulerSupport="true" at <broker> in activemq.xml'
+            )
+            findings.append(Finding("delayed redelivery", says, well=False))
+        return findings
+
+    # Sending
+
+    async def send(self, message: Message) -> None:
+        connection = self._out.connection
+        while True:
+            session = connection.session
+            if session is None:
+                session = await connection.ready(message.deadline if message.until is None else message.until)
+            try:
+                if session.link.full:
+                    await session.link.room()
+                way = session.way(message.channel)
+                headers = self.headers(message, session, way)
+                if way.temporary or (message.reply_to and not way.durable):
+                    session.send(way, headers, message.body)  # whoever waits for a reply needs no receipt beside it
+                    return None
+                confirmed = session.together(way, headers, message.body)
+            except Lost:
+                continue
+            except ValueError as error:
+                raise InvalidMessage(f"{message.channel.name}: {error}") from error
+            try:
+                return await confirmed
+            except _Unwritten:
+                continue  # nothing of it was written: it goes out on the next connection, if that comes in time
+            except QuintetError as error:
+                raise _failure(error, message) from error
+
+    def headers(self, message: Message, session: Session, way: _Way) -> dict[str, str]:
+        """A message's headers, those of its own options among them."""
+        headers = headers_of(message, session.dialect, self.clock, durable=way.durable, keyed=way.keyed)
+        reply_to = message.reply_to
+        if reply_to:
+            if not reply_to.startswith("/"):
+                reply_to = self._replies.get(reply_to) or TEMPORARY + quoted(reply_to)
+            headers["reply-to"] = reply_to
+        if message.native:
+            headers |= native_of(message.native, Publish, _PUBLISH).written()
+        return headers
+
+    # Serving
+
+    async def serve(self, channel: Channel, receive: Receive, group: str, limit: int = 100) -> _Serving:
+        dialect = (await self._out.connection.ready(None)).dialect
+        options = native_of(channel.native, Subscription, _SUBSCRIPTION)
+        if options.selector and not dialect.selectors:
+            raise ConfigurationError(
+                f"{channel.name} at {self.address}: {dialect.name} has no selectors; receive all and"
+                " pass over what you do not want"
+            )
+        number = str(next(self._numbers))
+        if channel.replies:
+            place = self._replies[channel.name] = f"{REPLIES}{number}"
+            headers = {"destination": place, "ack": "auto"}
+            line = self._out
+            subscribed = _Subscribed(number, headers) if dialect.replies_subscribed else _Subscribed(place, None)
+        else:
+            keyed = KEYED_PREFETCH if channel.keyed else 1
+            headers = subscription(dialect, channel, group)
+            headers |= {"ack": "client-individual", dialect.prefetch: str(options.prefetch or limit * keyed)}
+            if options.selector:
+                headers["selector"] = options.selector
+            if is_exclusive(channel, dialect):
+                headers |= dialect.exclusive
+            line = await self._line(dialect)
+            subscribed = _Subscribed(number, headers | dict(options.headers))
+        serving = _Serving(self, line, subscribed, channel, receive, group if channel.fanout else "", limit)
+        self._servings.append(serving)
+        try:
+            await line.subscribe(subscribed)
+        except BaseException:
+            await serving.abort()
+            self.ended(serving)
+            if line.alone:
+                await line.close()
+            raise
+        return serving
+
+    async def _line(self, dialect: Dialect) -> _Line:
+        """What a channel is received over: a line for all, unless only its end gives back what was not handled."""
+        if not dialect.unsubscribe_returns:
+            return await self._open_line(alone=True)
+        async with self._opening:
+            if self._in is None:
+                self._in = await self._open_line()
+            return self._in
+
+    async def _open_line(self, *, alone: bool = False) -> _Line:
+        line = _Line(self, alone=alone)
+        await line.connection.open()
+        self._lines.append(line)
+        return line
+
+    def ended(self, serving: _Serving) -> None:
+        if serving in self._servings:
+            self._servings.remove(serving)
+        self._replies.pop(serving.channel.name, None)
+
+    def closed(self, line: _Line) -> None:
+        if line in self._lines:
+            self._lines.remove(line)
+        self._away.discard(line)
+
+    def told(self, line: _Line, kind: Literal["broker-lost", "broker-back"], subject: str, reason: object) -> None:
+        """Tells of the broker, not of each connection."""
+        before = bool(self._away)
+        if kind == "broker-lost":
+            self._away.add(line)
+        else:
+            self._away.discard(line)
+        if bool(self._away) != before:
+            self.tell(kind, subject, reason)
+
+    def dialect_of(self, server: str) -> Dialect:
+        """Whose STOMP it is. Raises Refused where nobody knows."""
+        found = self._dialect or next((one for one in DIALECTS.values() if server.startswith(one.server)), None)
+        if found is None:
+            raise Refused(
+                f"{self.address}: {server or 'a broker that does not say what it is'} is none that Quintet knows:"
+                f" say ?dialect={' or ?dialect='.join(DIALECTS)}, whichever it resembles"
+            )
+        return found
+
+    # Letters
+
+    async def dead(self, channel: str | None = None) -> Sequence[DeadLetter]:
+        found: list[DeadLetter] = []
+        async with self._letters() as letters:
+            while (frame := await letters.next()) is not None:
+                shown = letter(letters.read(frame))
+                if channel in (None, shown.channel):
+                    found.append(shown)
+        return found
+
+    async def replay(self, ids: Sequence[str]) -> int:
+        wanted, settled = set(ids), list[asyncio.Future[None]]()
+        async with self._letters() as letters:
+            while wanted and (frame := await letters.next()) is not None:
+                message = letters.read(frame)
+                if (id_ := letter(message).id) in wanted and GONE not in message.headers:
+                    wanted.discard(id_)
+                    settled.append(self._revive(letters.session, message, frame))
+            return sum(error is None for error in await asyncio.gather(*settled, return_exceptions=True))
+
+    def _revive(self, session: Session, message: Message, frame: Frame) -> asyncio.Future[None]:
+        revived, group = revive(message)
+        revived.channel = structs.replace(revived.channel, keyed=bool(revived.key))
+        way = session.way(revived.channel, group)
+        headers = session.fit(self.headers(revived, session, way))
+        return session.together(way, headers, revived.body, ack=session.ack(frame.headers))
+
+    async def drop(self, ids: Sequence[str]) -> int:
+        wanted, count = set(ids), 0
+        async with self._letters() as letters:
+            while wanted and (frame := await letters.next()) is not None:
+                if (id_ := letter(letters.read(frame)).id) in wanted:
+                    wanted.discard(id_)
+                    letters.session.acknowledge(frame.headers)
+                    count += 1
+        return count
+
+    @contextlib.asynccontextmanager
+    async def _letters(self) -> AsyncGenerator[_Letters]:
+        line = await self._open_line(alone=True)
+        try:
+            letters = _Letters(line)
+            await letters.open()
+            yield letters
+        finally:
+            await line.close()  # which gives back what was not taken, in its place
+
+
+class _Letters:
+    """The dead letters as they lie, oldest first, held by this process until its line is closed.
+
+    Browsing is no use: ActiveMQ shows 400 and no more, its selectors see no further, and RabbitMQ's plugin has neither.
+    """
+
+    def __init__(self, line: _Line) -> None:
+        self._line = line
+        self._mark = new_id()
+        self._came: asyncio.Queue[Frame | None] = asyncio.Queue()
+        self._left = LETTERS_READ
+        self.session: Session
+
+    async def open(self) -> None:
+        carrier = self._line.carrier
+        dialect = (await self._line.connection.ready(None)).dialect
+        headers = {"destination": destination(dialect, DEAD_LETTERS), "ack": "client-individual"}
+        headers |= {dialect.prefetch: str(LETTERS_READ), **dialect.exclusive}
+        subscribed = _Subscribed("letters", headers)
+        subscribed.heard = lambda _, frame: self._came.put_nowait(frame)
+        subscribed.lost = lambda _: self._came.put_nowait(None)
+        await self._line.subscribe(subscribed)
+        assert subscribed.session is not None  # noqa: S101
+        session = self.session = subscribed.session
+        mark = Message(channel=Channel(DEAD), headers={}, deadline=carrier.clock.now() + LETTERS_SECONDS)
+        way = session.way(mark.channel)
+        session.send(way, carrier.headers(mark, session, way) | {MARK: self._mark}, b"")
+
+    async def next(self) -> Frame | None:
+        """The next one; None behind the last. Raises TransportError."""
+        address = self._line.carrier.address
+        while self._left:
+            try:
+                async with asyncio.timeout(LETTERS_SECONDS):
+                    frame = await self._came.get()
+            except TimeoutError:
+                raise TransportError(f"{address}: another process holds the dead letters; try again later") from None
+            if frame is None:
+                raise TransportError(f"{address}: the connection broke while the dead letters were read; try again")
+            mark = frame.headers.get(MARK)
+            if mark is None:
+                self._left -= 1
+                return frame
+            if mark == self._mark:
+                self.session.acknowledge(frame.headers)
+                break
+        return None
+
+    def read(self, frame: Frame) -> Message:
+        return message_of(frame.headers, frame.body, DEAD_LETTERS, self._line.carrier.clock)
+
+
+def _failure(error: QuintetError, message: Message) -> CallError:
+    """The one door for what the broker, or its loss, makes of a message that was sent."""
+    name = message.channel.name
+    if not isinstance(error, Refusal):
+        return ConnectionLost(f"{name}: sent, and then the connection broke before the broker confirmed it: {error}")
+    if "ResourceAllocationException" in error.text or "is full" in error.text.lower():
+        return ChannelFull(f"{name}: the broker has no room for it: {error}")
+    return Unavailable(f"{name}: the broker refused it: {error}")

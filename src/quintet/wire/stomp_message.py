@@ -1,0 +1,272 @@
+"""How a Message and its channel look in STOMP, on each of the brokers that speak it.
+
+A field travels as the header that STOMP or the broker has for it, or as one of `wire/names.py` where it has none:
+
+| field            | header                                                                                     |
+|------------------|--------------------------------------------------------------------------------------------|
+| `id`             | quintet-id; where its sender gave none, the broker's message-id                            |
+| `media_type`     | content-type                                                                               |
+| `correlation_id` | correlation-id                                                                             |
+| `reply_to`       | reply-to, a destination; `/topic/NAME` is the temporary channel NAME                       |
+| `deadline`       | quintet-deadline, seconds since 1970; on channels that are not durable what makes the      |
+|                  | broker drop it: expires, milliseconds since 1970 (RabbitMQ: also expiration, from now)     |
+| `attempt`        | quintet-attempt, left out where it is 1                                                    |
+| `key`            | quintet-key; on keyed channels of ActiveMQ beside it JMSXGroupID, which it shows nobody    |
+| `operation`, `sender`, `version`, `status` | quintet-operation and so on                                      |
+| `headers`        | each under its own name; where that means something here, behind quintet-header-           |
+
+Beside them: persistent (true where the channel is durable), priority (of `Publish(priority=)`), content-length always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+from urllib.parse import quote, unquote
+
+from msgspec import Struct
+
+from quintet.clock import Clock
+from quintet.message import Channel, Message
+from quintet.wire.names import ATTEMPT, DEAD, DEADLINE, FIELDS, MEDIA_TYPE
+
+CRASHED: Final = "quintet-crashed"
+"""How often receivers of a message went away in the midst of it: written by the one that gets it then."""
+MARK: Final = "quintet-mark"
+"""Of what is no message, but tells whoever sent it that all before it were read."""
+
+GONE: Final = "quintet-dead-temporary"
+"""Of a dead letter whose channel or group went with its process: nobody is there to get it again."""
+
+USERS: Final = "quintet-header-"
+TEMPORARY: Final = "/topic/"
+REPLIES: Final = "/temp-queue/"
+
+_OWN: Final = frozenset({*FIELDS.values(), ATTEMPT, DEADLINE, CRASHED, MARK, "correlation-id", "reply-to", MEDIA_TYPE})
+_STOMPS: Final = frozenset(
+    {"ack", "content-length", "destination", "id", "message-id", "receipt", "receipt-id", "redelivered", "selector"}
+    | {"subscription", "transaction", "version", "heart-beat", "message", "server", "session"}
+)
+_BROKERS: Final = frozenset(
+    {"amq-msg-type", "AMQ_SCHEDULED_CRON", "AMQ_SCHEDULED_DELAY", "AMQ_SCHEDULED_PERIOD", "AMQ_SCHEDULED_REPEAT"}
+    | {"browser", "expires", "JMSXGroupFirstForConsumer", "JMSXGroupID", "JMSXGroupSeq", "JMSXUserID"}
+    | {"original-destination", "persistent", "priority", "scheduledJobId", "timestamp", "transformation", "type"}
+    | {"amqp-message-id", "app-id", "auto-delete", "cluster-id", "content-encoding", "durable", "exclusive"}
+    | {"expiration", "prefetch-count", "user-id", "x-consumer-timeout", "x-dead-letter-exchange", "x-death"}
+    | {"x-dead-letter-routing-key", "x-delivery-count", "x-expires", "x-first-death-exchange", "x-first-death-queue"}
+    | {"x-first-death-reason", "x-last-death-exchange", "x-last-death-queue", "x-last-death-reason", "x-max-length"}
+    | {"x-max-length-bytes", "x-max-priority", "x-message-ttl", "x-original-exchange", "x-original-routing-key"}
+    | {"x-overflow", "x-queue-name", "x-queue-type", "x-single-active-consumer", "x-stream-offset"}
+)
+TAKEN: Final = _OWN | _STOMPS | _BROKERS
+"""Names that mean something to STOMP, to a broker or to us: no header of a user's is written under one of them."""
+
+_WAITS: Final = [step * 10**power for power in range(6) for step in (10, 15, 20, 30, 50, 70)] + [10_000_000]
+"""Milliseconds that the queues of delayed messages hold theirs: a queue for each, so there are not too many."""
+
+_ID, _OPERATION, _SENDER, _VERSION, _KEY, _, _, _STATUS = FIELDS.values()
+
+
+class Dialect(Struct, frozen=True, kw_only=True):
+    """What one broker makes of STOMP. In destinations {channel} and {group} stand for their names, percent-encoded
+    ({group} without a dot), in headers for the names as they are."""
+
+    name: str
+    server: str
+    """How the server header of its CONNECTED begins."""
+    queue: str = "/queue/{channel}"
+    """Where what one receiver is to get is sent, and received."""
+    events: str
+    """Where what every group is to get is sent, and received by a group that is gone when it leaves."""
+    group: str
+    """What a group that stays subscribes to,"""
+    group_headers: Mapping[str, str] = {}
+    """with these headers,"""
+    copy: str
+    """and where a copy for this one group is sent."""
+    dead: str
+    """Where dead letters are kept."""
+    prefetch: str
+    """The header of SUBSCRIBE that bounds what is delivered and not yet acknowledged."""
+    exclusive: Mapping[str, str]
+    """Headers of SUBSCRIBE by which only one of several receivers is served at a time."""
+    exclusive_sent: bool = False
+    """They belong to the queue, so that who may create it by a SEND writes them as well."""
+    key: str = ""
+    """The header that keeps messages of one value with one receiver; without it a keyed channel is exclusive."""
+    expiration: str = ""
+    """The header that tells how many milliseconds a message lives; without it `expires` tells until when."""
+    transactions: bool
+    """SEND and ACK take effect together, and many of them for the price of one."""
+    replies_subscribed: bool
+    """A temporary queue for replies is subscribed to; else a SEND that names it as its reply-to does that."""
+    unsubscribe_returns: bool
+    """UNSUBSCRIBE gives back what was delivered and not acknowledged; else only the end of the connection does."""
+    selectors: bool
+    scheduler: bool
+    """It may be able to delay a message; else it waits in a queue of its own, until its time to live is over."""
+
+
+DIALECTS: Final = {
+    dialect.name: dialect
+    for dialect in (
+        Dialect(
+            name="activemq",
+            server="ActiveMQ/",
+            events="/topic/VirtualTopic.{channel}",
+            group="/queue/Consumer.{group}.VirtualTopic.{channel}",
+            copy="/queue/Consumer.{group}.VirtualTopic.{channel}",
+            dead="/queue/quintet.dead",
+            prefetch="activemq.prefetchSize",
+            exclusive={"activemq.exclusive": "true"},
+            key="JMSXGroupID",
+            transactions=True,
+            replies_subscribed=True,
+            unsubscribe_returns=True,
+            selectors=True,
+            scheduler=True,
+        ),
+        Dialect(
+            name="rabbitmq",
+            server="RabbitMQ/",
+            events="/topic/{channel}",
+            group="/topic/{channel}",
+            group_headers={"durable": "true", "auto-delete": "false", "x-queue-name": "{channel}@{group}"},
+            copy="/amq/queue/{channel}@{group}",
+            dead="/queue/quintet.dead.stomp",  # over AMQP quintet.dead is a queue that STOMP cannot declare alike
+            prefetch="prefetch-count",
+            exclusive={"x-single-active-consumer": "true"},
+            exclusive_sent=True,
+            expiration="expiration",
+            transactions=False,
+            replies_subscribed=False,
+            unsubscribe_returns=False,
+            selectors=False,
+            scheduler=False,
+        ),
+    )
+}
+"""The brokers whose STOMP is known."""
+
+
+def destination(dialect: Dialect, channel: Channel, group: str = "") -> str:
+    """Where a message on the channel is sent to; with a group: for this one alone."""
+    if channel.name == DEAD:
+        return dialect.dead
+    if channel.temporary:
+        return channel.name if channel.name.startswith("/") else TEMPORARY + quoted(channel.name)
+    form = dialect.queue if not channel.fanout else dialect.copy if group else dialect.events
+    return form.format(channel=quoted(channel.name), group=quoted(group).replace(".", "%2E"))
+
+
+def subscription(dialect: Dialect, channel: Channel, group: str) -> dict[str, str]:
+    """The headers of SUBSCRIBE by which a group receives the channel."""
+    if not channel.fanout or channel.temporary:
+        form = dialect.events if channel.fanout else TEMPORARY + "{channel}" if channel.temporary else dialect.queue
+        return {"destination": form.format(channel=quoted(channel.name))}
+    return {
+        "destination": dialect.group.format(channel=quoted(channel.name), group=quoted(group).replace(".", "%2E")),
+        **{name: value.format(channel=channel.name, group=group) for name, value in dialect.group_headers.items()},
+    }
+
+
+def waiting_room(dialect: Dialect, channel: Channel, group: str, after: float) -> dict[str, str]:
+    """The headers of a SEND into a queue where a message lives for about so many seconds and then goes to the group."""
+    queue = dialect.group_headers["x-queue-name"].format(channel=channel.name, group=group) if group else channel.name
+    wait = next(wait for wait in _WAITS if wait >= min(after * 1000, _WAITS[-1]))
+    return {
+        "destination": dialect.queue.format(channel=quoted(f"quintet.again.{wait}.{queue}")),
+        "persistent": "true",
+        "x-message-ttl": str(wait),
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-routing-key": queue,
+    }
+
+
+def quoted(name: str) -> str:
+    """A name as part of a destination: other than letters, digits and ._-~ percent-encoded."""
+    return quote(name, safe="")
+
+
+def headers_of(message: Message, dialect: Dialect, clock: Clock, *, durable: bool, keyed: bool) -> dict[str, str]:
+    """The headers of a SEND that a message's fields become, but for its reply-to."""
+    headers: dict[str, str] = {}
+    for name, value in message.headers.items():
+        if name in TAKEN:
+            headers[USERS + name] = value
+        elif not name.startswith(":"):  # pseudo headers are REST's
+            headers[name] = value
+    if message.id:
+        headers[_ID] = message.id
+    if message.media_type:
+        headers[MEDIA_TYPE] = message.media_type
+    if message.operation:
+        headers[_OPERATION] = message.operation
+    if message.sender:
+        headers[_SENDER] = message.sender
+    if message.version:
+        headers[_VERSION] = message.version
+    if message.correlation_id:
+        headers["correlation-id"] = message.correlation_id
+    if message.status:
+        headers[_STATUS] = message.status
+    if message.attempt != 1:
+        headers[ATTEMPT] = str(message.attempt)
+    if message.key:
+        headers[_KEY] = message.key
+        if keyed and dialect.key:
+            headers[dialect.key] = message.key
+    if message.deadline is not None:
+        left = message.deadline - clock.now()
+        if durable or dialect.expiration:  # ActiveMQ keeps what is durable and has expired, in a queue of its own
+            headers[DEADLINE] = f"{clock.wall() + left:.3f}"
+        if not durable:
+            if dialect.expiration:
+                headers[dialect.expiration] = str(max(0, int(left * 1000)))
+            else:
+                headers["expires"] = str(int((clock.wall() + left) * 1000))
+    return headers
+
+
+def message_of(headers: Mapping[str, str], body: bytes, channel: Channel, clock: Clock) -> Message:
+    """The message that a frame carries, whoever sent it: what makes no sense in its headers is passed over."""
+    get = headers.get
+    users = {name: value for name, value in headers.items() if name not in TAKEN}
+    for name in [name for name in users if name.startswith(USERS)]:
+        users[name.removeprefix(USERS)] = users.pop(name)
+    message = Message(
+        channel=channel,
+        body=body,
+        id=get(_ID) or get("amqp-message-id") or get("message-id", ""),
+        operation=get(_OPERATION, ""),
+        sender=get(_SENDER, ""),
+        media_type=get(MEDIA_TYPE, ""),
+        version=get(_VERSION, ""),
+        key=get(_KEY, ""),
+        correlation_id=get("correlation-id", ""),
+        status=get(_STATUS, ""),
+        headers=users,
+    )
+    if reply_to := get("reply-to", ""):
+        named = reply_to.startswith(TEMPORARY)
+        message.reply_to = unquote(reply_to[len(TEMPORARY) :]) if named else reply_to
+    if ATTEMPT in headers:
+        message.attempt = max(1, int(_number(headers[ATTEMPT])))
+    wall = _number(get(DEADLINE, "")) or _number(get("expires", "")) / 1000
+    if wall:
+        message.deadline = clock.from_wall(wall)
+    return message
+
+
+def crashes(headers: Mapping[str, str]) -> int:
+    """How often receivers went away in the midst of a message, as was counted so far."""
+    return max(0, int(_number(headers.get(CRASHED, ""))))
+
+
+def _number(text: str) -> float:
+    """A number that a header tells; 0 for what is none."""
+    try:
+        number = float(text) if text else 0.0
+    except ValueError:
+        return 0.0
+    return number if abs(number) < 1e15 else 0.0
