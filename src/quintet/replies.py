@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from quintet.message import Channel, Message, new_id
-from quintet.transport import DONE, Serving, Transport, Verdict
+from quintet.transport import Serving, Transport
 
 
 class Replies:
@@ -28,17 +28,16 @@ class Replies:
 
     async def open(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._serving = await self._transport.serve(self._channel, self._receive, "", limit=1000)
+        self._serving = await self._transport.listen(self._channel, self._arrived)
 
     async def close(self) -> None:
         if self._serving:
             await self._serving.stop()
 
-    async def _receive(self, reply: Message) -> Verdict:
+    def _arrived(self, reply: Message) -> None:
         waiting = self._waiting.get(reply.correlation_id)
         if waiting:
             waiting(reply)
-        return DONE
 
     async def exchange(self, message: Message) -> Message:
         """Sends and waits for the one reply. How long is not decided here: the time-out filter cancels."""

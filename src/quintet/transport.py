@@ -115,7 +115,7 @@ class Transport(ABC):
 
     traits: ClassVar[frozenset[Trait]]
     binding: ClassVar[str] = "body"  # the file in bindings/ that turns values into this transport's messages
-    options: ClassVar[frozenset[str]] = frozenset()  # the names an address may carry behind the "?"
+    options: ClassVar[frozenset[str]] = frozenset()  # what an address may carry behind the "?"; "x.*" is any that begins so
     variants: ClassVar[frozenset[str]] = frozenset()  # what may stand behind the "+" of its scheme
 
     def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
@@ -156,6 +156,16 @@ class Transport(ABC):
         """Hands each delivery of the channel to `receive`, at most `limit` at once (which is also the prefetch),
         and acts on the verdict. On a fan-out channel each group gets every message that was sent after its first
         `serve` returned, whether one of its members is there at the moment or not (unless `temporary`)."""
+
+    async def listen(self, channel: Channel, arrived: Callable[[Message], None]) -> Serving:
+        """Hands each message of a channel for `replies` to `arrived`; nothing becomes of a reply, whoever waits or not.
+        A transport that knows a shorter way for replies than through a queue and its tasks takes that."""
+
+        async def receive(message: Message) -> Verdict:
+            arrived(message)
+            return DONE
+
+        return await self.serve(channel, receive, "", limit=1000)
 
     async def ready(self) -> None:  # noqa: B027 - a transport that needs all its channels first listens here
         """Called once after all channels of a service are served, before it says that it is ready."""
@@ -290,7 +300,8 @@ def open_address(text: str, clock: Clock = SYSTEM) -> Transport:
     """A transport for the address, not yet opened. Raises AddressError."""
     address = parse_address(text)
     found = carrier(address)
-    unknown = set(address.options) - found.options
+    anything = tuple(name.removesuffix("*") for name in found.options if name.endswith("*"))
+    unknown = {name for name in address.options.keys() - found.options if not name.startswith(anything)}
     if unknown:
         known = ", ".join(sorted(found.options)) or "none"
         raise AddressError(f"{address}: unknown option {', '.join(sorted(unknown))}; known are: {known}")

@@ -65,6 +65,7 @@ PREFETCH_KEYED = 4  # times the limit: so many may wait behind others of their k
 PREFETCH_MAX = 65_535
 AGAIN_FIRST, AGAIN_LONGEST = 0.1, 5.0  # seconds until something that the broker refused is tried once more
 ASKED_KEPT = 10_000  # requests whose loss is told to who waits for the reply; older ones have long timed out
+ROUTES_KEPT = 1000  # of those who wait for replies
 TAIL_KEPT = 10_000  # messages that a tail may lag behind; the oldest go first
 LETTERS_SECONDS = 2.0  # of silence after which no more dead letters are waited for
 LETTERS_SHOWN = 10_000
@@ -95,7 +96,8 @@ class Carrier(Transport):
         self._away = 0  # connections that are lost
         self._open = False
         self.largest = BODY_MAX
-        self.replies: dict[str, Intake[Content | Message]] = {}
+        self.replies: dict[str, Callable[[Message], None]] = {}
+        """What takes the replies to each channel for them that is listened to."""
         self._held: list[_Held] = []  # what consumes
 
     # Transport
@@ -121,7 +123,6 @@ class Carrier(Transport):
         self._open = False
         held, self._held = self._held, []
         await asyncio.gather(*(one.abort() for one in held))
-        await asyncio.gather(*(intake.abort() for intake in self.replies.values()))
         self.replies.clear()
         consuming, self._consuming = self._consuming, None
         if consuming is not None:
@@ -158,14 +159,20 @@ class Carrier(Transport):
         except UnicodeEncodeError as error:
             raise InvalidMessage(f"{message!r} cannot be written as UTF-8: {error}") from None
 
-    async def serve(self, channel: Channel, receive: Receive, group: str, limit: int = 100) -> _Serving | _Replies:
-        if channel.replies:
-            return await self._listen(channel, receive, limit)
+    async def serve(self, channel: Channel, receive: Receive, group: str, limit: int = 100) -> _Serving:
         serving = _Serving(self, channel, receive, group, limit)
         wire = await (await self.consuming()).ready(self.clock.now() + AGAIN_LONGEST)
         await serving.subscribe(wire)
         self._held.append(serving)
         return serving
+
+    async def listen(self, channel: Channel, arrived: Callable[[Message], None]) -> _Listening:
+        """Takes replies by RabbitMQ's direct reply-to, which needs no queue."""
+        session = await self._publishing.ready(self.clock.now() + AGAIN_LONGEST)
+        self.replies[channel.name] = arrived
+        if len(self.replies) == 1:
+            await session.await_replies()
+        return _Listening(self, channel.name)
 
     # sending
 
@@ -283,34 +290,25 @@ class Carrier(Transport):
 
     # replies
 
-    async def _listen(self, channel: Channel, receive: Receive, limit: int) -> _Replies:
-        session = await self._publishing.ready(self.clock.now() + AGAIN_LONGEST)
-        source = _Replies(self, channel)
-        self.replies[channel.name] = source.intake = Intake(source, receive, "", limit, self.clock)
-        if len(self.replies) == 1:
-            await session.await_replies()
-        return source
-
-    def replied(self, content: Content) -> None:
-        """A reply has come: who asked for it finds it by its correlation."""
-        session = self._publishing.session
-        if session is not None:
-            session.asked.pop(properties_of(content).get("correlation-id", ""), None)
-        for intake in self.replies.values():
-            intake.put(content)
-
     def fail(self, correlation: str, name: str, error: CallError) -> None:
         """Tells who waits for a reply that none will come."""
         if name in self.replies:
             reply = Message(channel=Channel(name, temporary=True), correlation_id=correlation, status=error.code)
             reply.media_type, reply.body = PROBLEM_MEDIA_TYPE, to_problem(error)
-            self.replies[name].put(reply)
+            self.replies[name](reply)
 
     # Letters
 
     async def dead(self, channel: str | None = None) -> Sequence[DeadLetter]:
-        letters = [_letter(content, self.clock) for content in await self._letters(LETTERS_SHOWN)]
-        found = [one for one in letters if channel in (None, one.channel)]
+        found: list[DeadLetter] = []
+
+        async def look(content: Content) -> bool:
+            one = _letter(content, self.clock)
+            if channel in (None, one.channel):
+                found.append(one)
+            return False
+
+        await self._letters(LETTERS_SHOWN, look)
         return sorted(found, key=lambda one: one.died_at)
 
     async def replay(self, ids: Sequence[str]) -> int:
@@ -330,47 +328,50 @@ class Carrier(Transport):
 
     async def _take(self, ids: Iterable[str], act: Callable[[Content], Awaitable[bool]]) -> int:
         """Takes those dead letters out of their queue on which `act` succeeds."""
-        wanted, count = set(ids), 0
+        wanted = set(ids)
 
-        async def look(content: Content, line: Line) -> None:
-            nonlocal count
-            if _letter(content, self.clock).id in wanted and await act(content):
-                line.session.link.write(settle(line.number, content.tag))
-                count += 1
+        async def look(content: Content) -> bool:
+            return _letter(content, self.clock).id in wanted and await act(content)
 
-        await self._letters(0, look)
-        return count
+        return await self._letters(0, look)
 
-    async def _letters(
-        self, most: int, look: Callable[[Content, Line], Awaitable[None]] | None = None
-    ) -> list[Content]:
-        """All dead letters, or the first so many; they go back into their queue unless `look` acknowledges them."""
+    async def _letters(self, most: int, take: Callable[[Content], Awaitable[bool]]) -> int:
+        """Shows all dead letters to `take`, or the first so many, and returns how many it took: the others stay."""
         wire = await (await self.consuming()).ready(self.clock.now() + AGAIN_LONGEST)
         await wire.lay_dead()
-        line = await wire.line()
+        line, tag = await wire.line(), wire.tag()
         arrived: asyncio.Queue[Content] = asyncio.Queue()
-        found: list[Content] = []
-        tag = wire.tag()
+        left = taken = 0
         try:
-            there = (await line.call("queue.declare", queue=DEAD, passive=True)).fields["message_count"]
+            there = await _waiting(line)
             await line.call("basic.qos", prefetch_count=most)
             wire.consumers[tag.encode()] = arrived.put_nowait
             await line.call("basic.consume", queue=DEAD, consumer_tag=tag)
             for _ in range(min(there, most or there)):
                 async with asyncio.timeout(LETTERS_SECONDS):
                     content = await arrived.get()
-                if look:
-                    await look(content, line)
+                if await take(content):
+                    wire.link.write(settle(line.number, content.tag))
+                    taken += 1
                 else:
-                    found.append(content)
+                    left += 1
         except TimeoutError:
-            pass  # another took them meanwhile
+            pass  # another looks at them at this moment
         except Closed as error:
             raise TransportError(_sentence(self.address, DEAD, error)) from error
         finally:
             await line.close()
             wire.consumers.pop(tag.encode(), None)
-        return found
+        await self._settled(wire, left)
+        return taken
+
+    async def _settled(self, wire: Wire, count: int) -> None:
+        """Waits until so many dead letters are back in their queue, for whoever looks next."""
+        give_up = self.clock.now() + LETTERS_SECONDS
+        line = await wire.line()
+        while await _waiting(line) < count and self.clock.now() < give_up:
+            await self.clock.sleep(0.005)
+        await line.close()
 
     # Tailing
 
@@ -576,6 +577,7 @@ class _Publisher(_Wire):
         self.asked: dict[str, str] = {}
         """By correlation, where its reply is waited for: requests that have none yet."""
         self._routing: dict[Channel, asyncio.Task[_Route]] = {}
+        self._replying: dict[str, bytes] = {}  # by where to
 
     async def greet(self) -> None:
         await super().greet()
@@ -594,8 +596,14 @@ class _Publisher(_Wire):
 
     async def await_replies(self) -> None:
         tag = self.tag()
-        self.consumers[tag.encode()] = self.carrier.replied
+        self.consumers[tag.encode()] = self._replied
         await self.plain.call("basic.consume", queue=REPLY_TO, consumer_tag=tag, no_ack=True)
+
+    def _replied(self, content: Content) -> None:
+        reply = read(content, _REPLIES, self.clock)
+        self.asked.pop(reply.correlation_id, None)
+        for arrived in self.carrier.replies.values():  # there is one; each knows its own by their correlation
+            arrived(reply)
 
     async def route(self, channel: Channel) -> _Route:
         """Declares what the channel needs, once for all who send at the same time."""
@@ -646,8 +654,12 @@ class _Publisher(_Wire):
     def drop(self, message: Message) -> None:
         """Sends to a queue that belongs to one process; without `mandatory`, as a reply to RabbitMQ's pseudo queue
         would arrive and be returned."""
-        plain = self.plain
-        publish = amqp.publishing(plain.number, "", message.channel.name)
+        plain, name = self.plain, message.channel.name
+        publish = self._replying.get(name)
+        if publish is None:
+            if len(self._replying) >= ROUTES_KEPT:
+                self._replying.clear()
+            publish = self._replying[name] = amqp.publishing(plain.number, "", name)
         self.link.write(self._content(message, publish, plain.number, False))
 
     def store(self, exchange: str, key: str, message: Message, delay: int) -> asyncio.Future[None]:
@@ -703,37 +715,21 @@ class _Plain(Line):
 
 
 _PLAIN = Publish()
+_REPLIES = Channel(REPLY_TO, temporary=True, replies=True)
 
 
-class _Replies:
-    """The replies to one process: of no queue of its own, and settled by themselves."""
+class _Listening:
+    """The replies to one process, which are in no queue."""
 
-    intake: Intake[Content | Message]
-
-    def __init__(self, carrier: Carrier, channel: Channel) -> None:
+    def __init__(self, carrier: Carrier, name: str) -> None:
         self._carrier = carrier
-        self._channel = channel
+        self._name = name
 
     def __repr__(self) -> str:
-        return f"<{self._channel.name}: {self.intake!r}>"
+        return f"<{self._name} by {REPLY_TO}>"
 
     async def stop(self) -> None:
-        self._carrier.replies.pop(self._channel.name, None)
-        await self.intake.stop()
-
-    def read(self, delivery: Content | Message) -> Message:
-        return delivery if isinstance(delivery, Message) else read(delivery, self._channel, self._carrier.clock)
-
-    def crashed(self, delivery: Content | Message) -> int:  # noqa: ARG002 - as a Source has it
-        return 0
-
-    def done(self, delivery: Content | Message) -> None: ...
-
-    async def again(self, delivery: Content | Message, copy: Message, after: float) -> None: ...
-
-    async def dead(self, delivery: Content | Message, copy: Message) -> None: ...
-
-    def give_back(self, delivery: Content | Message) -> None: ...
+        self._carrier.replies.pop(self._name, None)
 
 
 # ----------------------------------------------------------------------------------------------------------- consuming
@@ -1100,6 +1096,12 @@ def _buried(content: Content, clock: Clock) -> Message:
             DEAD_ID: f"{message.id}@{group or name}",
         }
     return message
+
+
+async def _waiting(line: Line) -> int:
+    answer = await line.call("queue.declare", queue=DEAD, passive=True)
+    count: int = answer.fields["message_count"]
+    return count
 
 
 def _letter(content: Content, clock: Clock) -> DeadLetter:

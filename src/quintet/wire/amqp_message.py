@@ -78,6 +78,7 @@ BROKERS_OWN: Final = (
 DELAY: Final = "quintet-delay"
 """Milliseconds that a copy waits: what the exchange of the delay queues routes by."""
 
+_TEXTS: Final = frozenset(FIELDS)
 _FIELD_OF: Final = {
     **{header.encode(): field for field, header in FIELDS.items()},
     ATTEMPT.encode(): "attempt",
@@ -243,14 +244,20 @@ def read(content: Content, channel: Channel, clock: Clock) -> Message:
             while start < rest:
                 stop = start + 1 + data[start]
                 name = data[start + 1 : stop]
+                known = _FIELD_OF.get(name)
                 if data[stop] == 0x53:  # S, the usual case
                     start = stop + 5 + U32.unpack_from(data, stop + 1)[0]
-                    value: Any = data[stop + 5 : start].decode("utf-8", "replace")
-                else:
-                    value, start = read_value(data, stop, rest)
-                known = _FIELD_OF.get(name)
+                    text = data[stop + 5 : start].decode("utf-8", "replace")
+                    if known is None:
+                        message.headers[name.decode("utf-8", "replace")] = text
+                    elif known in _TEXTS:
+                        setattr(message, known, text)
+                    elif known:
+                        _take(message, known, text, clock)
+                    continue
+                value, start = read_value(data, stop, rest)
                 if known is None:
-                    message.headers[name.decode("utf-8", "replace")] = value if type(value) is str else _text(value)
+                    message.headers[name.decode("utf-8", "replace")] = _text(value)
                 elif known == COUNT:
                     crashes = value if type(value) is int else crashes
                 elif known:
@@ -301,14 +308,16 @@ def _take(message: Message, field: str, value: Any, clock: Clock) -> None:
             message.deadline = clock.from_wall(float(value))
         elif field == "attempt":
             message.attempt = max(1, int(value))
-        else:
-            setattr(message, field, value if type(value) is str else _text(value))
+        elif field in _TEXTS:
+            setattr(message, field, _text(value))
     except (TypeError, ValueError, OverflowError):
         pass
 
 
 def _text(value: Any) -> str:
     """A header's value of any type as text: our headers are text."""
+    if isinstance(value, str):
+        return value
     if value is None:
         return ""
     if isinstance(value, bytes):
