@@ -21,10 +21,11 @@ from quintet.clock import SYSTEM, Clock
 from quintet.errors import CallError, ConfigurationError, TransportError
 from quintet.message import Channel, Message
 from quintet.meter import CLIENTS, SERVERS, Latencies, Meter, meters
+from quintet.observe import Place
 from quintet.outcome import OUTCOMES
 from quintet.policy import Breaker
 from quintet.record import Exchange, Recorder
-from quintet.transport import ChannelState, Counting, DeadLetter, Done, Letters, Shown, Transport, Verdict
+from quintet.transport import ChannelState, Counting, DeadLetter, Done, Letters, Shown, Verdict
 
 log = logging.getLogger("quintet.feed")
 
@@ -233,7 +234,7 @@ def _call(meter: Meter) -> OperationState:
 
 
 class Feed:
-    """One process, the transports that it has open, and who may look: with the token, else on loopback alone.
+    """One process, the places that it speaks of, and who may look: with the token, else on loopback alone.
 
     `host`: of the address that it is shown at. `recorder`: what else is told of each exchange. `answers`: the names of
     declared faults.
@@ -242,7 +243,7 @@ class Feed:
     def __init__(
         self,
         services: Sequence[str],
-        transports: Callable[[], Iterable[Transport]],
+        places: Callable[[], Iterable[Place]],
         *,
         host: str = "127.0.0.1",
         token: str = "",
@@ -251,7 +252,7 @@ class Feed:
         clock: Clock = SYSTEM,
     ) -> None:
         self.newest = Newest(recorder, answers)
-        self._services, self._transports, self._clock = list(services), transports, clock
+        self._services, self._places, self._clock = list(services), places, clock
         self._host, self._token = host, token
         self._process = f"{'+'.join(services)}-{os.getpid()}-{time.time_ns():x}"
         self._addresses: list[AddressState] = []
@@ -322,16 +323,16 @@ class Feed:
         if begun < self._look_at:
             return
         before, found = {state.address: state for state in self._addresses}, list[AddressState]()
-        for transport in self._transports():
-            if isinstance(transport, Counting):
-                address = str(transport.address)
+        for place in self._places():
+            if isinstance(place, Counting):
+                address = str(place.address)
                 with contextlib.suppress(CallError, TransportError):  # what cannot be looked at now is left out
-                    channels = list(await transport.channels())
+                    channels = list(await place.channels())
                     dead, known = sum(channel.dead for channel in channels), before.get(address)
                     if known is not None and dead == self._dead.get(address):
                         letters = known.letters
-                    elif dead and isinstance(transport, Letters):
-                        letters = [_letter(letter) for letter in (await transport.dead())[-LETTERS:]]
+                    elif dead and isinstance(place, Letters):
+                        letters = [_letter(letter) for letter in (await place.dead())[-LETTERS:]]
                     else:
                         letters = []
                     self._dead[address] = dead
@@ -371,9 +372,9 @@ class Feed:
         return f"{order.owner}: the circuit of {order.operation} is {SAID[order.do]}"
 
     async def _replay(self, order: Order) -> str:
-        for transport in self._transports():
-            if isinstance(transport, Letters) and str(transport.address) == order.address:
-                count = await transport.replay(order.ids)
+        for place in self._places():
+            if isinstance(place, Letters) and str(place.address) == order.address:
+                count = await place.replay(order.ids)
                 self._look_at, self._dead = 0.0, {}
                 return f"{count} of {len(order.ids)} dead letters replayed at {order.address}"
         raise ConfigurationError(f"no dead letters of {order.address or '?'} are kept here")

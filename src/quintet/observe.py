@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -17,11 +18,20 @@ from quintet.clock import Clock, Handle
 from quintet.errors import CallError, TransportError
 from quintet.meter import CLIENTS, Meter, ShownOutstanding, meters
 from quintet.outcome import OUTCOMES
-from quintet.transport import ChannelState, Counting, Page, Shown, Transport
+from quintet.transport import Address, ChannelState, Counting, Page, Shown
 
 LOOK = 1.0  # seconds between two snapshots of the counts
 LOOKS_OF_LATENCIES = 10  # every so many snapshots of the counts there is one of the latencies, which are many
 PERCENTILE_LOOKS = 6  # that percentiles look back: 60 s
+
+
+class Place(Protocol):
+    """What the pages speak of: a transport, or the database that an outbox stands in."""
+
+    @property
+    def address(self) -> Address: ...
+    @property
+    def connected(self) -> bool: ...
 
 
 class Recent:
@@ -66,9 +76,9 @@ class Recent:
 class Observer:
     """Looks at the meters of this process, and offers the pages that show them."""
 
-    def __init__(self, clock: Clock, transports: Callable[[], Iterable[Transport]]) -> None:
+    def __init__(self, clock: Clock, places: Callable[[], Iterable[Place]]) -> None:
         self._clock = clock
-        self._transports = transports
+        self._places = places
         self._recent: WeakKeyDictionary[Meter, Recent] = WeakKeyDictionary()
         self._peaks: WeakKeyDictionary[ShownOutstanding, deque[int]] = WeakKeyDictionary()
         self._looks = 0
@@ -157,10 +167,10 @@ class Observer:
 
     async def metrics(self, headers: Mapping[str, str]) -> Shown:
         channels: list[ChannelState] = []
-        for transport in self._transports():
-            if isinstance(transport, Counting):
+        for place in self._places():
+            if isinstance(place, Counting):
                 try:
-                    channels += await transport.channels()
+                    channels += await place.channels()
                 except (CallError, TransportError):
                     continue  # what cannot be looked at now is left out: the rest is wanted all the more
         body, media_type = metrics.text(headers.get("accept", ""), channels)
@@ -170,7 +180,7 @@ class Observer:
         return Shown(self._stream(), "text/event-stream;charset=UTF-8")
 
     async def ready(self, headers: Mapping[str, str]) -> Shown:  # noqa: ARG002
-        away = [str(transport.address) for transport in self._transports() if not transport.connected]
+        away = [str(place.address) for place in self._places() if not place.connected]
         status = "draining" if self._ended else "disconnected" if away else "ready"
         state = {"status": status} | ({"away": away} if away else {})
         return Shown(msgspec.json.encode(state), "application/json", 200 if status == "ready" else 503)

@@ -25,7 +25,7 @@ from quintet.errors import CallError, RemoteError, Safety, TransportError
 from quintet.message import Message
 from quintet.outbox import SENDABLE, Box, Desk, Outbox, Row, Settled, Way, unpack
 from quintet.policy import Policy
-from quintet.transport import ChannelState
+from quintet.transport import Address, ChannelState
 from quintet.watch import Watch
 
 log = logging.getLogger("quintet.relay")
@@ -65,14 +65,17 @@ class Relay:
         return f"<relay of {self.box!r}: {sum(self._in_work.values())} in work{'' if self.connected else ', away'}>"
 
     @property
-    def address(self) -> object:
+    def address(self) -> Address:
         return self.box.address
 
     async def open(self, outbox: Outbox) -> None:
-        """Lets the outbox be added to, and begins to send. Raises TransportError, ConfigurationError."""
+        """Lets the outbox be added to. Raises TransportError, ConfigurationError."""
         await self.box.open(self.wake)
         outbox._opened[:] = [self._desk]
         self._outbox = outbox
+
+    def start(self) -> None:
+        """Begins to send: when all of the process listens, or what waited would pass by its own services."""
         self._looking = asyncio.get_running_loop().create_task(self._look())
 
     async def stop(self) -> None:

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
@@ -37,7 +37,7 @@ from quintet.feed import ORDERS, TOKEN, Feed, Newest
 from quintet.filter import Guarded, State, server_chain
 from quintet.gate import Gate
 from quintet.message import Channel, Handler, Message, Native, new_id
-from quintet.observe import Observer
+from quintet.observe import Observer, Place
 from quintet.outbox import Outbox, open_box
 from quintet.pending import PendingWork, StillPending
 from quintet.policy import DEFAULT, Bulkhead, On, Policies, Policy
@@ -305,6 +305,7 @@ class Running:
         self.ready = False  # all that it needs stands: from now on it drains before it ends
         self._outlets: dict[AnyOperation, Sender] = {}
         self._homes: dict[AnyOperation, Transport] = {}
+        self.relay: Relay | None = None
         self._pending: PendingWork | None = None
         self._seen: SeenStore | None = None
         self._kept: set[tuple[AnyOperation, str]] = set()  # what is worked off an inbox already
@@ -341,7 +342,7 @@ class Running:
             await self._seen.open()
             self._stack.push_async_callback(self._seen.close)
         if service.outbox.address:
-            await self._relay()
+            await self._open_relay()
         service.running = self
         if service.lifespan is not None:
             await self._stack.enter_async_context(service.lifespan(service))
@@ -401,8 +402,8 @@ class Running:
         guarded = Guarded(operation, policy, self.clock, watch=self._watch)
         return Sender(operation, bound, [transport.send], guarded, self.service.name)
 
-    async def _relay(self) -> None:
-        """Sends what is in the outbox by ways of its own: it is not to wait for circuits that calls have opened."""
+    async def _open_relay(self) -> None:
+        """What is in the outbox is sent by ways of its own: it is not to wait for circuits that calls have opened."""
         service = self.service
         senders = [self._sender(operation, POLICY.over(DEFAULT)) for operation in self._outlets]
         for client, policies in service.clients:
@@ -412,9 +413,9 @@ class Running:
             await plug(relayed, self.carriers, addresses, [*given, POLICY], self._format, service.name)
             senders += [call._line.sender for call in relayed.__dict__.values()]
         box = open_box(service.outbox.address, service.name, self.clock)
-        relay = Relay(box, senders, self._format, self.clock, self._watch)
-        self._stack.push_async_callback(relay.stop)
-        await relay.open(service.outbox)
+        self.relay = Relay(box, senders, self._format, self.clock, self._watch)
+        self._stack.push_async_callback(self.relay.stop)
+        await self.relay.open(service.outbox)
 
     def outlet(self, operation: AnyOperation, style: Style) -> Sender:
         """What sends an own event or survey. Raises ConfigurationError for one that is not this service's."""
@@ -658,10 +659,16 @@ def _temporary(channel: Channel) -> Channel:
     return structs.replace(channel, temporary=True, durable=False)
 
 
-def _feed(services: Sequence[Service], carriers: Carriers, observe: str, recorder: Recorder | None) -> Feed:
+def _feed(
+    services: Sequence[Service],
+    places: Callable[[], Iterable[Place]],
+    carriers: Carriers,
+    observe: str,
+    recorder: Recorder | None,
+) -> Feed:
     return Feed(
         [service.name for service in services],
-        carriers.opened,
+        places,
         host=parse_address(observe).host,
         token=os.environ.get(TOKEN, ""),
         recorder=recorder,
@@ -700,16 +707,21 @@ async def serve(
         seen = [await carriers.reach(observe)] if observe else []
         if not all(isinstance(transport, Showing) for transport in seen):
             raise ConfigurationError(f"observe={observe!r} cannot show pages: name an http address")
-        feed = _feed(services, carriers, observe, recorder) if observe else None
+        started = list[Running]()
+
+        def places() -> list[Place]:
+            return [*carriers.opened(), *(running.relay for running in started if running.relay)]
+
+        feed = _feed(services, places, carriers, observe, recorder) if observe else None
         told = feed.newest if feed else recorder
-        started = [Running(service, addresses, connect or {}, format, carriers, told) for service in services]
+        started += [Running(service, addresses, connect or {}, format, carriers, told) for service in services]
         for running in started:
             stack.push_async_callback(running.stop)
             await running.start()
         served = [await carriers.reach(address) for address in addresses]
         showing = {transport: None for transport in (*served, *seen) if isinstance(transport, Showing)}
         if showing:
-            observer = Observer(clock, carriers.opened)
+            observer = Observer(clock, places)
             observer.start()
             stack.callback(observer.stop)
             for place in showing:
@@ -727,4 +739,6 @@ async def serve(
             log.info("metrics are shown at %s/metrics", transport.address)
         for running in started:
             running.ready = True
+            if running.relay:
+                running.relay.start()
         yield [str(transport.address) for transport in served]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from contextlib import closing
 from itertools import pairwise
@@ -672,6 +675,44 @@ async def test_a_database_that_fails_is_told_once_and_asked_again(
         ("disconnected", "disk I/O error"),
         ("connected", ""),
     ]
+
+
+async def test_what_waits_and_what_was_set_aside_is_shown(broker: Broker, tmp_path: Path) -> None:
+    broker.refuses = lambda message: TooLarge("too large") if b"1001" in message.body else Unavailable("away")
+    file = tmp_path / "shop.db"
+    service = shop(f"sqlite:///{file}")
+    async with serve(service, at=["memory://", "http://127.0.0.1:0"]) as (_, http):
+
+        async def shown(path: str) -> str:
+            return (await asyncio.to_thread(urllib.request.urlopen, http + path)).read().decode()  # type: ignore[no-any-return]
+
+        with connection("sqlite", file) as mine:
+            mine.execute("BEGIN")
+            for amount in (1000, 1001, 1002):
+                service.outbox.add(mine, Shop.placed, f"o-{amount}", amount)
+            mine.execute("COMMIT")
+        while [reason for *_, reason in rows(file)].count(None) != 2:
+            await asyncio.sleep(0)
+        page = await shown("/metrics")
+        labels = f'channel="{Shop.placed.channel.name}",group="quintet.outbox"'
+        counts = [
+            float(found) for found in re.findall(rf"^quintet_channel_messages{{{labels},.*}} (.*)$", page, re.MULTILINE)
+        ]
+        assert sum(counts) == 3
+        assert counts[-1] == 1
+        assert '"ready"' in await shown("/health/ready")
+        with pytest.MonkeyPatch.context() as patch:
+
+            async def away(*_: object) -> None:
+                raise TransportError("disk I/O error")
+
+            patch.setattr("quintet.outboxes.sqlite.Keeper.turn", away)
+            while service.running and service.running.relay and service.running.relay.connected:
+                await asyncio.sleep(0.001)
+            with pytest.raises(urllib.error.HTTPError) as unready:
+                await shown("/health/ready")
+            assert f"sqlite:///{file}" in unready.value.read().decode()
+            unready.value.close()
 
 
 async def test_large_messages_are_not_all_read_at_once(tmp_path: Path) -> None:

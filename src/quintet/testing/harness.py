@@ -16,6 +16,7 @@ from quintet.clock import SYSTEM, Clock
 from quintet.contract import FANOUT, Contract, Operation
 from quintet.message import Message
 from quintet.policy import Policies
+from quintet.relay import Relay
 from quintet.server import Running, Service
 from quintet.store import Store
 from quintet.testing.clock import FakeClock
@@ -152,7 +153,7 @@ async def harness(
         )
     }
     async with AsyncExitStack() as stack:
-        brokers, transports = list[Carrier](), list[Transport]()
+        brokers, transports, relays = list[Carrier](), list[Transport](), list[Relay]()
         for address in addresses:
             broker = Carrier(parse_address(address), clock)
             transport = carriers._open[address] = wrap(Carrier(parse_address(address), clock))
@@ -176,8 +177,11 @@ async def harness(
             running = Running(service, addresses, connect, "json", carriers, None)
             stack.push_async_callback(_stop, running)
             await running.start()
+            relays += [running.relay] if running.relay else []
         for transport in transports:
             await transport.ready()
+        for relay in relays:
+            relay.start()
         yield Harness(brokers, carriers, clock)
 
 
