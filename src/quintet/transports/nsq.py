@@ -67,6 +67,7 @@ MARK: Final = "quintet-mark"
 PORT, LOOKUP_PORT = 4150, 4161
 HEARTBEAT = 5.0  # seconds between nsqd's signs of life, unless ?heartbeat= says otherwise
 MSG_TIMEOUT = 5.0  # seconds after which nsqd gives a delivery to another when this process has died
+REPLIES_IN_FLIGHT = 1000
 LARGEST = 1 << 20  # bytes of a message: nsqd's default, where neither ?largest= nor nsqd tells
 REMEMBERED = 25_000  # ids of settled messages, per generation: nsqd repeats some after a kill
 POLL = 15.0  # seconds between two questions to the lookup daemons, by chance a fifth more or less
@@ -292,18 +293,35 @@ class _Hold(Struct, eq=False):
     timer: Handle | None = None
 
 
+class _Ear:
+    """Takes the place of an intake for replies: they need no task, and whoever waits or not, they are done."""
+
+    def __init__(self, serving: _Serving, arrived: Callable[[Message], None]) -> None:
+        self._serving = serving
+        self._arrived = arrived
+
+    def put(self, delivery: Delivery) -> None:
+        self._serving.done(delivery)
+        self._arrived(self._serving.read(delivery))
+
+    async def stop(self) -> None:
+        """Nothing is in work."""
+
+    async def abort(self) -> None:
+        """Nothing is in work."""
+
+
 class _Serving:
     """One channel being served, at all nsqds; the source of its intake."""
 
-    def __init__(
-        self, carrier: Carrier, channel: Channel, receive: Receive, group: str, limit: int, own: str = ""
-    ) -> None:
+    intake: Intake[Delivery] | _Ear
+
+    def __init__(self, carrier: Carrier, channel: Channel, group: str, limit: int, own: str = "") -> None:
         """`own`: NSQ's channel, where the group belongs to this process."""
         self.carrier = carrier
         self.channel = channel
         self.options = native_of(channel.native, Subscription, _SUBSCRIPTION)
         self.begins_empty = channel.temporary and not channel.fanout and not channel.replies
-        self.intake: Intake[Delivery] = Intake(self, receive, group, limit, carrier.clock)
         self.taps: dict[tuple[Host, str], _Tap] = {}
         self._limit = self.options.max_in_flight or limit
         self._group = group
@@ -984,7 +1002,19 @@ class Carrier(Transport):
             self._sweep_later()
             if channel.fanout:
                 own = await self._own_channel(group)
-        serving = _Serving(self, channel, receive, group, limit, own)
+        serving = _Serving(self, channel, group, limit, own)
+        serving.intake = Intake(serving, receive, group, limit, self.clock)
+        return await self._begin(serving)
+
+    async def listen(self, channel: Channel, arrived: Callable[[Message], None]) -> _Serving:
+        if self._connection is None:
+            raise Unavailable(f"{self!r} is not open: open() it first, and listen before close()")
+        self._sweep_later()
+        serving = _Serving(self, channel, "", REPLIES_IN_FLIGHT)
+        serving.intake = _Ear(serving, arrived)
+        return await self._begin(serving)
+
+    async def _begin(self, serving: _Serving) -> _Serving:
         self._servings.append(serving)
         try:
             await serving.open(self.hosts)
