@@ -3,11 +3,13 @@
 # mypy: disable-error-code="empty-body"
 from __future__ import annotations
 
-from benchmarks.brokers import MANY, At, Call, Heard, Sample, Stay, decode, encode, sample
+from benchmarks.brokers import MANY, PATIENCE, At, Call, Heard, Sample, Stay, decode, encode, sample
 from quintet import Bulkhead, Contract, Policy, Service, connect, notification, request, serve
 from quintet.message import Channel, Message, new_id
 from quintet.replies import Replies
 from quintet.transport import DONE, Transport, Verdict, open_address
+
+PATIENT = Policy(timeout=PATIENCE)  # the peers wait for ever: a broker that is still cold must not end the measurement
 
 
 class Ask(Contract, name="bench-ask"):
@@ -31,7 +33,7 @@ async def answer_quintet(at: At, _: Heard, stay: Stay) -> None:
 
 
 async def ask_quintet(at: At, stay: Stay) -> Call:
-    client = await stay.enter_async_context(connect(Ask, at.address))
+    client = await stay.enter_async_context(connect(Ask, at.address, policy=PATIENT))
     return lambda: client.echo(sample())
 
 
@@ -46,7 +48,7 @@ async def hear_quintet(at: At, heard: Heard, stay: Stay) -> None:
 
 
 async def tell_quintet(at: At, stay: Stay) -> Call:
-    client = await stay.enter_async_context(connect(Tell, at.address))
+    client = await stay.enter_async_context(connect(Tell, at.address, policy=PATIENT))
     return lambda: client.note(sample())
 
 
