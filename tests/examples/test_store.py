@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from uuid import uuid4
 from xml.etree import ElementTree
 
 import pytest
+from apsw import Connection
+
+from quintet import CallError, Policy, connect
+from quintet.supervisor import running
 
 STORE = Path(__file__).parents[2] / "examples" / "store"
 PAGE = Path(__file__).parents[2] / "docs" / "store.md"
@@ -113,6 +121,59 @@ def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]
     yield import_module(name)
     for known in [known for known in sys.modules if known == name or known.partition(".")[0] == "store"]:
         del sys.modules[known]
+
+
+ORDERS, KILLS = 80, 6
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_whoever_is_killed_at_whatever_moment_no_order_is_lost_or_made_twice(
+    seed: int, orders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of the customers gives up when the shop dies: such an order was accepted, or it is not there at all."""
+    monkeypatch.chdir(tmp_path)
+    chance, killed = random.Random(seed), list[str]()
+    policy = Policy(timeout=5.0, breaker=False)
+    deployed = orders.deployment("orders.toml")
+    async with (
+        running(deployed) as processes,
+        connect(orders.Shop, deployed.services["shop"].at, policy=policy) as shop,
+        connect(orders.Fulfilment, deployed.services["fulfilment"].at, policy=policy) as fulfilment,
+    ):
+        till = orders.Till(shop)
+
+        async def customer(number: int) -> None:
+            await asyncio.sleep(number / 25)
+            if number % 4:
+                await till.order(f"o-{number}")
+            else:
+                with suppress(CallError):
+                    await shop.order(f"o-{number}", orders.PRODUCT, orders.PIECES)
+                    till.accepted.add(f"o-{number}")
+
+        async def kill() -> None:
+            for _ in range(KILLS):
+                await asyncio.sleep(chance.uniform(0.2, 0.9))
+                killed.append(chance.choice(["shop", "fulfilment"]))
+                processes[killed[-1]].kill()
+
+        await asyncio.gather(kill(), *map(customer, range(ORDERS)))
+        wanted = {order_id for (order_id,) in rows("state/shop.db", "SELECT order_id FROM accepted")}
+        seen = orders.Warehouse([], 1000)
+        while len(set(seen.parcels)) < len(wanted):
+            await asyncio.sleep(0.1)
+            with suppress(CallError):  # it may be dead just now
+                seen = await fulfilment.warehouse(orders.PRODUCT)
+    assert not till.refused, killed
+    assert till.accepted <= wanted, killed
+    assert sorted(seen.parcels) == sorted(wanted), killed
+    assert seen.left == 1000 - orders.PIECES * len(wanted)
+    assert rows("state/shop.db", "SELECT id FROM quintet_outbox") == []
+
+
+def rows(file: str, sql: str) -> list[Any]:
+    with closing(Connection(file)) as database:
+        return database.execute(sql).fetchall()
 
 
 HANGS, BACK = 4.0, 10.0

@@ -71,7 +71,7 @@ class Shop(Contract, name="shop", version="1.0"):
 
     @request(http="PUT /orders/{order_id}")
     async def order(self, order_id: str, product_id: str, quantity: int) -> Order:
-        """The order as it was accepted: it is on disk, whoever is to fulfil it."""
+        """The order as it was accepted: it is on disk, and will be fulfilled."""
 
 
 class Fulfilment(Contract, name="fulfilment", version="1.0"):

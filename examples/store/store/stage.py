@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager, chdir
@@ -39,9 +40,14 @@ def tell(at: float, said: str) -> None:
 
 
 def deployment(file: str) -> Deployment:
-    """The services of a file of this example, with our modules, and the current folder for what they write."""
+    """The services of a file of this example, with our modules, and the current folder for what they write.
+
+    The shop is at a free port, the same for as long as the demonstration runs: it may be started again.
+    """
     path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    found = read_deployment(HERE / file).services
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = str(held.getsockname()[1])
+    found = read_deployment(HERE / file, {**os.environ, "SHOP_PORT": port}).services
     services = {name: structs.replace(one, env={**one.env, "PYTHONPATH": path}) for name, one in found.items()}
     return Deployment(services, Path.cwd())
 

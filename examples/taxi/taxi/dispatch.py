@@ -1,14 +1,16 @@
 """The Dispatcher: asks the drivers around who can take a new trip, and proposes the best who answers in time."""
 
+from apsw import Connection
+
 from quintet import Redelivery, Service
 from taxi.contracts import Dispatch, Proposal, Trip, Trips
 from taxi.records import Records
 
 TIME_TO_ANSWER = 1.0  # seconds
 
-# Where no driver answers, the trip is delivered again, and all are asked again: for as long as a passenger would wait.
-service = Service(Dispatch, redelivery=Redelivery(attempts=100, longest=2.0))
 proposals = Records("proposals", Proposal)
+# Where no driver answers, the trip is delivered again, and all are asked again: for as long as a passenger would wait.
+service = Service(Dispatch, outbox=proposals.address, redelivery=Redelivery(attempts=100, longest=2.0))
 
 
 class NoDriver(Exception):
@@ -17,8 +19,12 @@ class NoDriver(Exception):
 
 @service.handles(Trips.created)
 async def created(trip: Trip) -> None:
-    proposal = await proposals.get(trip.id) or await proposals.add(trip.id, await best_offer(trip))
-    await service.publish(Dispatch.driver_proposed, proposal)
+    if await proposals.get(trip.id) is None:
+        await proposals.add(trip.id, await best_offer(trip), tell)
+
+
+def tell(transaction: Connection, proposal: Proposal) -> None:
+    service.outbox.add(transaction, Dispatch.driver_proposed, proposal)
 
 
 async def best_offer(trip: Trip) -> Proposal:

@@ -15,7 +15,6 @@ trips = service.uses(Trips)
 billing = service.uses(Billing)
 
 shown = Records("screen", str)
-receipt_ids = Records("receipt_ids", str)
 news = asyncio.Condition()
 
 
@@ -28,11 +27,8 @@ async def ride(passenger_id: str, pickup: str, destination: str) -> Receipt:
         raise TripCancelled(trip_id=trip_id)
     await told(trip_id, Progress.DRIVER_PROPOSED)
     await told(trip_id, Progress.COMPLETED)
-    receipt_id = await receipt_ids.get(trip_id)
-    if receipt_id is None:
-        pending = await billing.receipt(trip_id)
-        receipt_id = await receipt_ids.add(trip_id, pending.id)
-    return await billing.receipt.pending(receipt_id).wait(timeout=20.0)
+    receipt = await billing.receipt.using(id=f"receipt-{trip_id}")(trip_id)  # of the same id, it is the same receipt
+    return await receipt.wait(timeout=20.0)
 
 
 async def told(trip_id: str, progress: Progress) -> None:

@@ -1,9 +1,10 @@
 """Trip Management: creates trips, follows them to the end, and tells the others what becomes of them.
 
-Whatever arrives may arrive twice, and this process may be killed between any two lines. So each handler first writes
-down what is true, then says so to the others; when it is repeated, it finds the first done and does the second again.
+Whatever arrives may arrive twice, and this process may be killed between any two lines. So what becomes of a trip is
+written down and told to the others in one transaction: when a handler is repeated, both have happened, or neither.
 """
 
+from apsw import Connection
 from msgspec.structs import replace
 
 from quintet import Service
@@ -22,10 +23,10 @@ from taxi.contracts import (
 )
 from taxi.records import Records
 
-service = Service(Trips)
-passengers = service.uses(Passengers)
 trips = Records("trips", Trip)
 pickups = Records("pickups", str)
+service = Service(Trips, outbox=trips.address)
+passengers = service.uses(Passengers)
 
 
 @service.handles(Trips.pickup_requested)
@@ -38,10 +39,11 @@ async def create(new: NewTrip) -> Trip:
     passenger = await passengers.get(new.passenger_id)
     if not passenger.active:
         raise PassengerInactive(passenger_id=passenger.id)
-    trip = await trips.add(new.id, Trip(new.id, passenger.id, new.pickup, new.destination))
-    if trip.progress is Progress.REQUESTED:
-        await service.publish(Trips.created, trip)
-    return trip
+    return await trips.add(new.id, Trip(new.id, passenger.id, new.pickup, new.destination), tell_created)
+
+
+def tell_created(transaction: Connection, trip: Trip) -> None:
+    service.outbox.add(transaction, Trips.created, trip)
 
 
 @service.handles(Trips.get)
@@ -78,10 +80,12 @@ async def driver_proposed(proposal: Proposal) -> None:
 @service.handles(Trips.arrived)
 async def arrived(trip_id: str, driver: str) -> None:
     def completed(trip: Trip) -> Trip:
-        if trip.progress is Progress.CANCELLED:
+        if trip.progress in (Progress.COMPLETED, Progress.CANCELLED):
             return trip
         return replace(trip, progress=Progress.COMPLETED, driver=driver)
 
-    trip = await trips.change(trip_id, completed)
-    if trip is not None and trip.progress is Progress.COMPLETED:
-        await service.publish(Trips.completed, trip)
+    await trips.change(trip_id, completed, tell_completed)
+
+
+def tell_completed(transaction: Connection, trip: Trip) -> None:
+    service.outbox.add(transaction, Trips.completed, trip)
