@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 import functools
+import os
+import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, ClassVar, Final, Literal, Self
@@ -37,22 +38,17 @@ from quintet.message import Channel, Message, native_of, new_id
 from quintet.transport import Address, DeadLetter, Finding, Receive, Trait, Transport
 from quintet.wire import amqp
 from quintet.wire.amqp import Content, settle
-from quintet.wire.amqp_message import headers_of, properties, properties_of, read
+from quintet.wire.amqp_message import DELAYS, headers_of, properties, properties_of, read, read_dead
 from quintet.wire.amqp_session import Closed, Line, Outlet, Unroutable, Wire
 from quintet.wire.amqp_topology import (
     AGAIN,
-    DEAD_QUEUE,
-    DELAYS,
     EXCHANGE,
-    EXCHANGES,
-    Place,
     Publish,
     Queue,
-    delay_queue,
     place_of,
     wait,
 )
-from quintet.wire.names import DEAD, DEAD_AT, DEAD_CHANNEL, DEAD_FANOUT, DEAD_GROUP, DEAD_ID, DEAD_REASON
+from quintet.wire.names import DEAD
 
 __all__ = ["Carrier", "Publish", "Queue"]
 
@@ -63,7 +59,9 @@ HEARTBEAT = 10  # seconds, unless ?heartbeat= says otherwise: a connection that 
 BODY_MAX = 128 * 1024 * 1024  # RabbitMQ's own default up to 3.13; a smaller limit is learnt when it is met
 PREFETCH_KEYED = 4  # times the limit: so many may wait behind others of their key
 PREFETCH_MAX = 65_535
-AGAIN_FIRST, AGAIN_LONGEST = 0.1, 5.0  # seconds until something that the broker refused is tried once more
+WITHIN = 5.0  # seconds that the broker may be away when something is served or looked at
+CLOSING_SECONDS = 2.0  # for an answer, when something is closed
+AGAIN_FIRST, AGAIN_LONGEST = 0.05, 1.0  # seconds until something that the broker refused is tried once more
 ASKED_KEPT = 10_000  # requests whose loss is told to who waits for the reply; older ones have long timed out
 ROUTES_KEPT = 1000  # of those who wait for replies
 TAIL_KEPT = 10_000  # messages that a tail may lag behind; the oldest go first
@@ -141,34 +139,34 @@ class Carrier(Transport):
             route = session.routes.get(channel)
             if route is None:
                 session, route = await self._route(message)
-            if message.reply_to and message.reply_to in self.replies:
+            reply_to = REPLY_TO if message.reply_to and message.reply_to in self.replies else ""
+            if reply_to and route.waited_for:
                 session.ask(message, route)
                 return
             try:
-                await session.publish(message, route)
+                await session.publish(message, route, reply_to)
             except Unroutable:  # its queue was deleted, and the message is nowhere
                 session.routes.pop(channel, None)
                 session, route = await self._route(message)
-                await session.publish(message, route)
+                await session.publish(message, route, reply_to)
         except Unroutable:
             raise Unavailable(f"{channel.name} at {self.address}: not sent, its queue is gone or not bound") from None
         except Overloaded as error:
-            if channel.fanout:
-                raise
-            raise ChannelFull(f"{channel.name} at {self.address} is full: the broker refused the message") from error
+            refused = f"{channel.name} at {self.address}: the broker refused the message"
+            if channel.fanout:  # some of its groups may have got it
+                raise Overloaded(refused, safety=error.safety) from None
+            raise ChannelFull(f"{refused}, its queue is full") from None
         except UnicodeEncodeError as error:
             raise InvalidMessage(f"{message!r} cannot be written as UTF-8: {error}") from None
 
     async def serve(self, channel: Channel, receive: Receive, group: str, limit: int = 100) -> _Serving:
         serving = _Serving(self, channel, receive, group, limit)
-        wire = await (await self.consuming()).ready(self.clock.now() + AGAIN_LONGEST)
-        await serving.subscribe(wire)
-        self._held.append(serving)
+        await self.begin(serving)
         return serving
 
     async def listen(self, channel: Channel, arrived: Callable[[Message], None]) -> _Listening:
         """Takes replies by RabbitMQ's direct reply-to, which needs no queue."""
-        session = await self._publishing.ready(self.clock.now() + AGAIN_LONGEST)
+        session = await self._publishing.ready(self.clock.now() + WITHIN)
         self.replies[channel.name] = arrived
         if len(self.replies) == 1:
             await session.await_replies()
@@ -216,8 +214,10 @@ class Carrier(Transport):
         pause, laid = AGAIN_FIRST, False
         while wanted():
             try:
-                session = await self._publishing.ready(self.clock.now() + AGAIN_LONGEST)
+                session = await self._publishing.ready(self.clock.now() + WITHIN)
             except Unavailable:
+                if not self._open:
+                    return False
                 continue
             try:
                 await session.lay_for_copies(delay)
@@ -259,7 +259,7 @@ class Carrier(Transport):
         return {
             "user": user,
             "password": password,
-            "name": f"quintet {what}",
+            "name": f"Quintet {what}, process {os.getpid()} on {socket.gethostname()}",
             "vhost": self.address.path[1:] or "/",
             "beat": self._beat,
             "external": self._external,
@@ -279,10 +279,26 @@ class Carrier(Transport):
     def resume(self, wire: Wire) -> None:
         """A consuming connection stands again: all that is served subscribes on it, each on its own account."""
         for one in self._held:
-            one.resume(wire)
+            if one.begun:
+                one.resume(wire)
 
-    def hold(self, one: _Held) -> None:
+    async def begin(self, one: _Held) -> None:
+        """Has it subscribed, and from now on again after each loss. Raises TransportError, or Unavailable."""
         self._held.append(one)
+        give_up = self.clock.now() + WITHIN
+        try:
+            while not one.begun:
+                wire = await (await self.consuming()).ready(give_up)
+                try:
+                    await one.subscribe(wire)
+                except TransportError:
+                    if wire.error is None:
+                        raise
+                else:
+                    one.begun = wire.error is None
+        except BaseException:
+            one.release()
+            raise
 
     def release(self, one: _Held) -> None:
         if one in self._held:
@@ -303,7 +319,7 @@ class Carrier(Transport):
         found: list[DeadLetter] = []
 
         async def look(content: Content) -> bool:
-            one = _letter(content, self.clock)
+            one = letter(read_dead(content, self.clock))
             if channel in (None, one.channel):
                 found.append(one)
             return False
@@ -313,10 +329,12 @@ class Carrier(Transport):
 
     async def replay(self, ids: Sequence[str]) -> int:
         async def again(content: Content) -> bool:
-            message, group = _revived(content, self.clock)
+            message, group = revive(read_dead(content, self.clock))
             name = message.channel.name
             queue = f"{name}@{group}" if message.channel.fanout else name
-            return await self.store("", queue, message, lambda: True)
+            return await self.store("", queue, message, lambda: self.clock.now() < give_up)
+
+        give_up = self.clock.now() + WITHIN * 2
 
         return await self._take(ids, again)
 
@@ -331,13 +349,13 @@ class Carrier(Transport):
         wanted = set(ids)
 
         async def look(content: Content) -> bool:
-            return _letter(content, self.clock).id in wanted and await act(content)
+            return letter(read_dead(content, self.clock)).id in wanted and await act(content)
 
         return await self._letters(0, look)
 
     async def _letters(self, most: int, take: Callable[[Content], Awaitable[bool]]) -> int:
         """Shows all dead letters to `take`, or the first so many, and returns how many it took: the others stay."""
-        wire = await (await self.consuming()).ready(self.clock.now() + AGAIN_LONGEST)
+        wire = await (await self.consuming()).ready(self.clock.now() + WITHIN)
         await wire.lay_dead()
         line, tag = await wire.line(), wire.tag()
         arrived: asyncio.Queue[Content] = asyncio.Queue()
@@ -376,14 +394,12 @@ class Carrier(Transport):
     # Tailing
 
     def tail(self, channel: str) -> _Tail:
-        tail = _Tail(self, channel)
-        self._held.append(tail)
-        return tail
+        return _Tail(self, channel)
 
     # the doctor
 
     async def examine(self) -> Sequence[Finding]:
-        session = await self._publishing.ready(self.clock.now() + AGAIN_LONGEST)
+        session = await self._publishing.ready(self.clock.now() + WITHIN)
         server = session.server
         found = [
             Finding("broker", f"{server.get('product', '?')} {server.get('version', '?')}"),
@@ -404,10 +420,10 @@ class Carrier(Transport):
 
     async def _try_out(self, what: str, trial: Awaitable[str]) -> Finding:
         try:
-            async with asyncio.timeout(AGAIN_LONGEST):
+            async with asyncio.timeout(WITHIN):
                 return Finding(what, await trial)
         except TimeoutError:
-            return Finding(what, f"no answer within {AGAIN_LONGEST:g} s", well=False)
+            return Finding(what, f"no answer within {WITHIN:g} s", well=False)
         except (TransportError, CallError) as error:
             return Finding(what, f"not possible: {error}; users need the rights on names like ^quintet", well=False)
 
@@ -463,116 +479,20 @@ class _Route(Struct, frozen=True):
     confirmed: bytes
     asking: bytes
     durable: bool
+    waited_for: bool
+    """A request: to publish it nobody waits for a confirmation, as its reply is one."""
 
 
-class _Wire(Wire):
-    """A connection on which things can be declared."""
-
-    def __init__(self, link: Link, carrier: Carrier, options: dict[str, Any]) -> None:
-        super().__init__(link, carrier.clock, **options)
-        self.carrier = carrier
-        self._laid: set[str] = set()
-
-    @property
-    def lasting(self) -> bool:
-        """From RabbitMQ 4 on, what several connections share has to be durable."""
-        major = str(self.server.get("version", "")).partition(".")[0]
-        return major.isdigit() and int(major) >= 4
-
-    async def greet(self) -> None:
-        try:
-            await super().greet()
-        except Refused as error:
-            raise Refused(f"{self.carrier.address}: {error}") from None
-
-    async def lay(self, place: Place, channel: Channel) -> None:
-        """Declares a queue and binds it. Raises Closed."""
-        if channel.durable:
-            await self.lay_dead()
-        line = await self.line()
-        try:
-            asked = [
-                line.call(
-                    "queue.declare",
-                    queue=place.queue,
-                    passive=not place.declared,
-                    durable=place.durable,
-                    exclusive=place.exclusive,
-                    auto_delete=place.exclusive,
-                    arguments=place.arguments,
-                ),
-                *self._bindings(line, place, channel),
-            ]
-            await asyncio.gather(*asked)
-        finally:
-            await line.close()
-
-    def _bindings(self, line: Line, place: Place, channel: Channel) -> list[Awaitable[Any]]:
-        if channel.temporary and not channel.fanout:
-            return []  # sent to over the default exchange
-        asked = [line.call("queue.bind", queue=place.queue, exchange=EXCHANGE, routing_key=channel.name)]
-        if not channel.temporary and AGAIN in self._laid:
-            asked.append(line.call("queue.bind", queue=place.queue, exchange=AGAIN, routing_key=place.queue))
-        return list(asked)
-
-    async def lay_exchange(self, name: str) -> None:
-        if name in self._laid:
-            return
-        type_, arguments = EXCHANGES[name]
-        try:
-            await self.call("exchange.declare", exchange=name, type=type_, durable=True, arguments=arguments)
-        except Closed as error:
-            if error.code != 403:
-                raise
-            await self.call("exchange.declare", exchange=name, passive=True)  # who may not make it may use it
-        self._laid.add(name)
-
-    async def lay_dead(self) -> None:
-        """The dead-letter queue, and what leads to it."""
-        if "letters" not in self._laid:
-            await asyncio.gather(self.lay_exchange(DEAD), self.lay_exchange(AGAIN))
-            await self.lay_queue(DEAD, DEAD_QUEUE, DEAD, {})
-            self._laid.add("letters")
-
-    async def lay_queue(self, name: str, arguments: dict[str, Any], exchange: str, binding: dict[str, Any]) -> None:
-        line = await self.line()
-        try:
-            await asyncio.gather(
-                line.call("queue.declare", queue=name, durable=True, arguments=arguments),
-                line.call("queue.bind", queue=name, exchange=exchange, arguments=binding),
-            )
-        except Closed as error:
-            if error.code != 403:
-                raise
-            await self.call("queue.declare", queue=name, passive=True)
-        finally:
-            await line.close()
-
-    async def lay_for_copies(self, delay: int) -> None:
-        """What a copy needs that is dead, or that is to wait for so many milliseconds."""
-        await self.lay_dead()
-        if delay and (queue := delay_queue(delay))[0] not in self._laid:
-            name, arguments, binding = queue
-            await self.lay_exchange(DELAYS)
-            await self.lay_queue(name, arguments, DELAYS, binding)
-            self._laid.add(name)
-
-    def forget(self) -> None:
-        """Something of it is gone: all is declared again when it is needed."""
-        self._laid.clear()
-
-
-class _Publisher(_Wire):
-    """The connection to publish: one AMQP channel with confirmations, one for what nobody confirms.
-
-    A request goes out without a confirmation: its reply is one. Replies do, too: whoever waits for one knows best.
-    """
+class _Publisher(Wire):
+    """The connection to publish: one AMQP channel with confirmations, and one without, for requests and replies, whose
+    caller learns by the reply, or by the lack of it, what became of them."""
 
     outlet: Outlet
     plain: Line
 
     def __init__(self, link: Link, carrier: Carrier, options: dict[str, Any]) -> None:
-        super().__init__(link, carrier, options)
+        super().__init__(link, carrier.clock, **options)
+        self.carrier = carrier
         self.routes: dict[Channel, _Route] = {}
         self.asked: dict[str, str] = {}
         """By correlation, where its reply is waited for: requests that have none yet."""
@@ -583,7 +503,10 @@ class _Publisher(_Wire):
         await super().greet()
         self.outlet, self.plain = await asyncio.gather(self.open(Outlet), self.open(_Plain))
         self.outlet.ended = self.plain.ended = self._broken
-        await asyncio.gather(self.outlet.begin(), self.lay_exchange(EXCHANGE))
+        try:
+            await asyncio.gather(self.outlet.begin(), self.lay_exchange(EXCHANGE))
+        except Closed as error:
+            raise Refused(_sentence(self.carrier.address, f"exchange {EXCHANGE}", error)) from None
         if self.carrier.replies:
             await self.await_replies()
 
@@ -595,9 +518,10 @@ class _Publisher(_Wire):
         self.link.drop(Lost(f"the broker closed the AMQP channel to publish on: {error}"))
 
     async def await_replies(self) -> None:
-        tag = self.tag()
-        self.consumers[tag.encode()] = self._replied
-        await self.plain.call("basic.consume", queue=REPLY_TO, consumer_tag=tag, no_ack=True)
+        for line in (self.plain, self.outlet):  # replies come to the AMQP channel that the request went out on
+            tag = self.tag()
+            self.consumers[tag.encode()] = self._replied
+            await line.call("basic.consume", queue=REPLY_TO, consumer_tag=tag, no_ack=True)
 
     def _replied(self, content: Content) -> None:
         reply = read(content, _REPLIES, self.clock)
@@ -622,25 +546,28 @@ class _Publisher(_Wire):
             try:
                 await line.call("queue.declare", queue=place.queue, passive=True)
             except Closed as error:
-                if error.code != 404:
+                if error.code == 404:
+                    await self.lay(place, channel)
+                elif error.code != 403:  # who may not look may still send
                     raise
-                await self.lay(place, channel)
             else:
                 with contextlib.suppress(Closed):  # it is bound already, if we may not
-                    await asyncio.gather(*self._bindings(line, place, channel))
+                    await asyncio.gather(*self.bindings(line, place, channel))
             finally:
                 await line.close()
         route = _Route(
             amqp.publishing(self.outlet.number, EXCHANGE, channel.name, mandatory=not channel.fanout),
             amqp.publishing(self.plain.number, EXCHANGE, channel.name, mandatory=not channel.fanout),
             channel.durable,
+            not channel.durable and not channel.fanout,
         )
         self.routes[channel] = route
         return route
 
-    def publish(self, message: Message, route: _Route) -> asyncio.Future[None]:
+    def publish(self, message: Message, route: _Route, reply_to: str) -> asyncio.Future[None]:
         outlet = self.outlet
-        return outlet.publish(self._content(message, route.confirmed, outlet.number, route.durable), message.id)
+        data = self._content(message, route.confirmed, outlet.number, route.durable, reply_to)
+        return outlet.publish(data, message.id)
 
     def ask(self, message: Message, route: _Route) -> None:
         """Sends what is to be replied to: the broker puts in the address of our replies."""
@@ -735,8 +662,12 @@ class _Listening:
 # ----------------------------------------------------------------------------------------------------------- consuming
 
 
-class _Consumer(_Wire):
+class _Consumer(Wire):
     """The connection to consume."""
+
+    def __init__(self, link: Link, carrier: Carrier, options: dict[str, Any]) -> None:
+        super().__init__(link, carrier.clock, **options)
+        self.carrier = carrier
 
     async def greet(self) -> None:
         await super().greet()
@@ -802,6 +733,7 @@ class _Held:
     def __init__(self, carrier: Carrier, name: str) -> None:
         self.carrier = carrier
         self.name = name
+        self.begun = False
         self.subscription: _Subscription | None = None
         self._resuming: asyncio.Task[None] | None = None
         self._told = ""
@@ -820,38 +752,53 @@ class _Held:
         self, wire: Wire, queue: str, take: Callable[[_Subscription, Content], None], prefetch: int, **fields: Any
     ) -> None:
         line = await wire.line()
-        subscription = _Subscription(line, wire.tag())
+        subscription = self.subscription = _Subscription(line, wire.tag())
         tag = subscription.tag.encode()
         wire.consumers[tag] = functools.partial(take, subscription)
+        cancelled: list[str] = []
+        line.cancelled = cancelled.append
         try:
             await line.call("basic.qos", prefetch_count=min(prefetch, PREFETCH_MAX))
-            self.subscription = subscription
             await line.call("basic.consume", queue=queue, consumer_tag=subscription.tag, **fields)
-        except TransportError:
-            wire.consumers.pop(tag, None)
-            self.subscription = None
-            await line.close()
+        except BaseException:
+            self._drop(wire, subscription)
             raise
+        if cancelled:
+            self._drop(wire, subscription)
+            raise TransportError(f"{queue} was deleted")
         line.ended = functools.partial(self._ended, wire, subscription)
         line.cancelled = functools.partial(self._cancelled, wire, subscription)
 
     async def unsubscribe(self) -> None:
-        """Takes no more: what is not acknowledged goes back when the AMQP channel is closed, by `leave`."""
+        """Takes no more."""
         subscription = self.subscription
         if subscription is not None and not subscription.lost:
-            with contextlib.suppress(TransportError):
-                await subscription.line.call("basic.cancel", consumer_tag=subscription.tag)
+            with contextlib.suppress(TransportError, TimeoutError):
+                async with asyncio.timeout(CLOSING_SECONDS):
+                    await subscription.line.call("basic.cancel", consumer_tag=subscription.tag)
 
-    async def leave(self) -> None:
+    def release(self) -> None:
+        """From now on it is not subscribed again."""
         self.carrier.release(self)
         if self._resuming is not None:
             self._resuming.cancel()
-        subscription, self.subscription = self.subscription, None
+
+    async def leave(self) -> None:
+        """Acknowledges what is done; the rest goes back to the queue."""
+        subscription = self.subscription
         if subscription is not None:
             subscription.flush()
-            subscription.line.ended = subscription.line.cancelled = _nothing
-            await subscription.line.close()
-            subscription.line.session.consumers.pop(subscription.tag.encode(), None)
+            closing = self._drop(subscription.line.session, subscription)
+            await asyncio.wait([closing], timeout=CLOSING_SECONDS)
+
+    def _drop(self, wire: Wire, subscription: _Subscription) -> asyncio.Task[None]:
+        """Forgets it, and closes its AMQP channel."""
+        line = subscription.line
+        line.ended = line.cancelled = _nothing
+        wire.consumers.pop(subscription.tag.encode(), None)
+        if self.subscription is subscription:
+            self.subscription = None
+        return wire.loop.create_task(line.close())
 
     def resume(self, wire: Wire) -> None:
         if self._resuming is not None:
@@ -879,9 +826,7 @@ class _Held:
         asyncio.get_running_loop().call_exception_handler({"message": f"{self.name}: {error}", "exception": error})
 
     def _ended(self, wire: Wire, subscription: _Subscription, error: Exception) -> None:
-        wire.consumers.pop(subscription.tag.encode(), None)
-        if self.subscription is subscription:
-            self.subscription = None
+        self._drop(wire, subscription)
         self.gone(subscription)
         if wire.error is None:  # the broker closed this one alone: a delivery was too long in work, or its queue failed
             self.report(TransportError(f"{self.name} at {self.carrier.address}: {error}; it is served again"))
@@ -889,13 +834,8 @@ class _Held:
 
     def _cancelled(self, wire: Wire, subscription: _Subscription, _: str) -> None:
         """The queue was deleted, or has moved."""
-        line = subscription.line
-        line.ended = line.cancelled = _nothing
-        wire.consumers.pop(subscription.tag.encode(), None)
-        if self.subscription is subscription:
-            self.subscription = None
+        self._drop(wire, subscription)
         self.gone(subscription)
-        wire.loop.create_task(line.close()).add_done_callback(lambda task: task.cancelled() or task.exception())
         self.resume(wire)
 
 
@@ -915,7 +855,6 @@ class _Serving(_Held):
         return f"<serving {self.channel.name} as {self.group or 'its one receiver'}: {self.intake!r}>"
 
     async def subscribe(self, wire: Wire) -> None:
-        assert isinstance(wire, _Wire)  # noqa: S101
         channel = self.channel
         place = place_of(channel, self.group, lasting=wire.lasting, suffix=f".{new_id()}")
         self._queue = place.queue
@@ -930,6 +869,7 @@ class _Serving(_Held):
         self.intake.forget(lambda content: content.origin is subscription)
 
     async def stop(self) -> None:
+        self.release()
         try:
             if self.channel.keyed:  # the next in line must not get a key of which a message is still in work here
                 self._parked = True
@@ -942,6 +882,7 @@ class _Serving(_Held):
             await self.leave()
 
     async def abort(self) -> None:
+        self.release()
         self._parked = True
         await self.intake.abort()
         await self.leave()
@@ -1005,15 +946,17 @@ class _Tail(_Held):
         self._kept: deque[Message] = deque(maxlen=TAIL_KEPT)
         self._more = asyncio.Event()
         self._closed = False
+        self._failed: Exception | None = None
         self._starting = asyncio.get_running_loop().create_task(self._start())
 
     async def _start(self) -> None:
-        connection = await self.carrier.consuming()
-        if connection.session is not None and self.subscription is None and self._resuming is None:
-            self.resume(connection.session)
+        try:
+            await self.carrier.begin(self)
+        except (TransportError, CallError) as error:
+            self._failed = error
+            self._more.set()
 
     async def subscribe(self, wire: Wire) -> None:
-        assert isinstance(wire, _Wire)  # noqa: S101
         words = self._pattern.split(".")
         binding = ".".join([*words[:-1], "#"]) if self._pattern.endswith("*") else self._pattern
         queue = f"quintet.tail.{new_id()}"
@@ -1043,6 +986,8 @@ class _Tail(_Held):
         while not self._kept:
             if self._closed:
                 raise StopAsyncIteration
+            if self._failed is not None:
+                raise self._failed
             self._more.clear()
             await self._more.wait()
         return self._kept.popleft()
@@ -1052,6 +997,7 @@ class _Tail(_Held):
         self._more.set()
         self._starting.cancel()
         await asyncio.wait([self._starting])
+        self.release()
         await self.leave()
 
     abort = aclose
@@ -1064,49 +1010,8 @@ def _fresh(message: Message) -> Message:
 def _nothing(_: Any) -> None: ...
 
 
-# -------------------------------------------------------------------------------------------------------- dead letters
-
-_LETTERS = Channel(DEAD, durable=True)
-_WHY = {
-    "maxlen": "its queue was full, and it was the oldest",
-    "expired": "it waited longer than its queue or its sender allows",
-    "rejected": "a receiver that is not ours rejected it",
-    "delivery_limit": "its receivers went away more often than its queue allows",
-}
-
-
-def _buried(content: Content, clock: Clock) -> Message:
-    """A dead letter as `bury` has written it; what the broker itself put there tells in its x-death header."""
-    message = read(content, _LETTERS, clock)
-    message.attempt = max(1, message.attempt - content.crashes)  # the looks at it are no attempts
-    if DEAD_CHANNEL not in message.headers:
-        deaths = headers_of(content).get("x-death") or [{}]
-        death: dict[str, Any] = deaths[0] if isinstance(deaths[0], dict) else {}
-        waited = str(death.get("queue", "")).startswith(f"{DELAYS}.")
-        queue = (death.get("routing-keys") or [""])[0] if waited else death.get("queue", "")
-        name, _, group = str(queue).partition("@")
-        why = "its queue is gone" if waited else _WHY.get(str(death.get("reason")), str(death.get("reason", "")))
-        when = death.get("time")
-        message.headers |= {
-            DEAD_CHANNEL: name,
-            DEAD_FANOUT: "yes" if group else "",
-            DEAD_GROUP: group,
-            DEAD_REASON: why,
-            DEAD_AT: f"{when.timestamp():.3f}" if isinstance(when, datetime.datetime) else "",
-            DEAD_ID: f"{message.id}@{group or name}",
-        }
-    return message
-
-
 async def _waiting(line: Line) -> int:
+    """How many dead letters are in their queue, and in nobody's hand."""
     answer = await line.call("queue.declare", queue=DEAD, passive=True)
     count: int = answer.fields["message_count"]
     return count
-
-
-def _letter(content: Content, clock: Clock) -> DeadLetter:
-    return letter(_buried(content, clock))
-
-
-def _revived(content: Content, clock: Clock) -> tuple[Message, str]:
-    return revive(_buried(content, clock))

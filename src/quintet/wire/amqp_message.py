@@ -40,7 +40,18 @@ from quintet.wire.amqp import (
     read_value,
     short,
 )
-from quintet.wire.names import ATTEMPT, DEADLINE, FIELDS
+from quintet.wire.names import (
+    ATTEMPT,
+    DEAD,
+    DEAD_AT,
+    DEAD_CHANNEL,
+    DEAD_FANOUT,
+    DEAD_GROUP,
+    DEAD_ID,
+    DEAD_REASON,
+    DEADLINE,
+    FIELDS,
+)
 
 PROPERTIES: Final = (
     (0x8000, "content-type", "S"),
@@ -75,6 +86,8 @@ BROKERS_OWN: Final = (
 )
 """Headers that RabbitMQ writes for one queue or one delivery: they do not belong to the message."""
 
+DELAYS: Final = "quintet.delay"
+"""The exchange of copies that wait, and the start of their queues' names."""
 DELAY: Final = "quintet-delay"
 """Milliseconds that a copy waits: what the exchange of the delay queues routes by."""
 
@@ -357,3 +370,39 @@ def properties_of(content: Content) -> dict[str, Any]:
     except (struct.error, IndexError):
         raise ProtocolError("a message's properties end before they should") from None
     return found
+
+
+# -------------------------------------------------------------------------------------------------------- dead letters
+
+_LETTERS: Final = Channel(DEAD, durable=True)
+_WHY: Final = {
+    "maxlen": "its queue was full, and it was the oldest",
+    "expired": "it waited longer than its queue or its sender allows",
+    "rejected": "a receiver that is not ours rejected it",
+    "delivery_limit": "its receivers went away more often than its queue allows",
+}
+
+
+def read_dead(content: Content, clock: Clock) -> Message:
+    """A dead letter as `letters.bury` has written it; of one that the broker put there its x-death header tells."""
+    message = read(content, _LETTERS, clock)
+    message.attempt = max(1, message.attempt - content.crashes)  # the looks at it are no attempts
+    if DEAD_CHANNEL in message.headers:
+        return message
+    deaths = headers_of(content).get("x-death")
+    death: dict[str, Any] = deaths[0] if isinstance(deaths, list) and deaths and isinstance(deaths[0], dict) else {}
+    queue, reason, when = str(death.get("queue", "")), str(death.get("reason", "")), death.get("time")
+    why = _WHY.get(reason, reason)
+    if queue.startswith(f"{DELAYS}."):  # it had waited there, to go back to its own
+        keys = death.get("routing-keys")
+        queue, why = str(keys[0]) if isinstance(keys, list) and keys else "", "its queue is gone"
+    name, _, group = queue.partition("@")
+    message.headers |= {
+        DEAD_CHANNEL: name,
+        DEAD_FANOUT: "yes" if group else "",
+        DEAD_GROUP: group,
+        DEAD_REASON: why,
+        DEAD_AT: f"{when.timestamp():.3f}" if isinstance(when, datetime.datetime) else "",
+        DEAD_ID: f"{message.id}@{group or name}",
+    }
+    return message

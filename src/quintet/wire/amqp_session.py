@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import platform
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any, Final, TypeVar
 
 from quintet.clock import Clock
 from quintet.connection import Link, Lost, Refused, Session
 from quintet.errors import ConnectionLost, Overloaded, ProtocolError, Safety, TransportError
+from quintet.message import Channel
 from quintet.wire import amqp
 from quintet.wire.amqp import Confirm, Content, Method, Parser
-from quintet.wire.amqp_message import properties_of
+from quintet.wire.amqp_message import DELAYS, properties_of
+from quintet.wire.amqp_topology import AGAIN, DEAD_QUEUE, EXCHANGE, EXCHANGES, Place, delay_queue
+from quintet.wire.names import DEAD
 
 REFUSALS: Final = frozenset({402, 403, 530})  # of a connection: wrong virtual host, password or right
 CHANNELS_LEAST: Final = 64
@@ -114,7 +117,7 @@ class Outlet(Line):
 
     def __init__(self, session: Wire, number: int) -> None:
         super().__init__(session, number)
-        self._tag = 0
+        self._tag, self._lowest = 0, 1  # of what was published last, and the first that may be unconfirmed
         self._unconfirmed: dict[int, tuple[asyncio.Future[None], str]] = {}
         self._unroutable: set[str] = set()  # ids of messages that came back, and are to be confirmed next
 
@@ -135,10 +138,10 @@ class Outlet(Line):
         if not confirm.multiple:
             self._settle(unconfirmed.pop(confirm.tag, None), confirm.taken)
             return
-        for tag in list(unconfirmed):  # in the order that they were published
-            if tag > confirm.tag > 0:
-                break
-            self._settle(unconfirmed.pop(tag), confirm.taken)
+        for tag in range(self._lowest, (confirm.tag or self._tag) + 1):
+            if tag in unconfirmed:
+                self._settle(unconfirmed.pop(tag), confirm.taken)
+        self._lowest = max(self._lowest, confirm.tag + 1)
 
     def _settle(self, published: tuple[asyncio.Future[None], str] | None, taken: bool) -> None:
         if published is None:
@@ -195,6 +198,7 @@ class Wire(Session):
         self._latest = 0  # of the numbers of lines
         self._tags = 0
         self._unblocked: asyncio.Future[None] | None = None
+        self._laid: set[str] = set()  # what is known to stand on the broker
         self._control = Line(self, 0)
         self.lines[0] = self._control
 
@@ -241,9 +245,94 @@ class Wire(Session):
         if self.error is not None:
             raise self.error
 
+    # what stands on the broker (amqp_topology.py)
+
+    @property
+    def lasting(self) -> bool:
+        """From RabbitMQ 4 on, what several connections share has to be durable."""
+        major = str(self.server.get("version", "")).partition(".")[0]
+        return major.isdigit() and int(major) >= 4
+
+    async def lay(self, place: Place, channel: Channel) -> None:
+        """Declares a queue and binds it. Raises Closed."""
+        if channel.durable:
+            await self.lay_dead()
+        line = await self.line()
+        try:
+            asked = [
+                line.call(
+                    "queue.declare",
+                    queue=place.queue,
+                    passive=not place.declared,
+                    durable=place.durable,
+                    exclusive=place.exclusive,
+                    auto_delete=place.exclusive,
+                    arguments=place.arguments,
+                ),
+                *self.bindings(line, place, channel),
+            ]
+            await asyncio.gather(*asked)
+        finally:
+            await line.close()
+
+    def bindings(self, line: Line, place: Place, channel: Channel) -> list[Awaitable[Any]]:
+        if channel.temporary and not channel.fanout:
+            return []  # sent to over the default exchange
+        asked = [line.call("queue.bind", queue=place.queue, exchange=EXCHANGE, routing_key=channel.name)]
+        if not channel.temporary and AGAIN in self._laid:
+            asked.append(line.call("queue.bind", queue=place.queue, exchange=AGAIN, routing_key=place.queue))
+        return list(asked)
+
+    async def lay_exchange(self, name: str) -> None:
+        if name in self._laid:
+            return
+        type_, arguments = EXCHANGES[name]
+        try:
+            await self.call("exchange.declare", exchange=name, type=type_, durable=True, arguments=arguments)
+        except Closed as error:
+            if error.code != 403:
+                raise
+            await self.call("exchange.declare", exchange=name, passive=True)  # who may not make it may use it
+        self._laid.add(name)
+
+    async def lay_dead(self) -> None:
+        """The dead-letter queue, and what leads to it."""
+        if "letters" not in self._laid:
+            await asyncio.gather(self.lay_exchange(DEAD), self.lay_exchange(AGAIN))
+            await self.lay_queue(DEAD, DEAD_QUEUE, DEAD, {})
+            self._laid.add("letters")
+
+    async def lay_queue(self, name: str, arguments: dict[str, Any], exchange: str, binding: dict[str, Any]) -> None:
+        line = await self.line()
+        try:
+            await asyncio.gather(
+                line.call("queue.declare", queue=name, durable=True, arguments=arguments),
+                line.call("queue.bind", queue=name, exchange=exchange, arguments=binding),
+            )
+        except Closed as error:
+            if error.code != 403:
+                raise
+            await self.call("queue.declare", queue=name, passive=True)
+        finally:
+            await line.close()
+
+    async def lay_for_copies(self, delay: int) -> None:
+        """What a copy needs that is dead, or that is to wait for so many milliseconds."""
+        await self.lay_dead()
+        if delay and (queue := delay_queue(delay))[0] not in self._laid:
+            name, arguments, binding = queue
+            await self.lay_exchange(DELAYS)
+            await self.lay_queue(name, arguments, DELAYS, binding)
+            self._laid.add(name)
+
+    def forget(self) -> None:
+        """Something of it is gone: all is declared again when it is needed."""
+        self._laid.clear()
+
     # Session
 
     async def greet(self) -> None:
+        """Raises Refused where user, password or virtual host are not to the broker's liking."""
         control, link = self._control, self.link
         started = control.expect()
         link.write(amqp.PROTOCOL_HEADER)

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | `quintet` | topic | all that is sent, by the channel's name as routing key | the queues bound to that name |
 | `quintet.delay` | headers | copies that wait, by their header `quintet-delay` | `quintet.delay.<milliseconds>` |
-| `quintet.again` | direct | what has waited, by the name of its queue as routing key | that queue, else `quintet.dead` |
+| `quintet.again` | direct | what has waited, by its queue's name as routing key | that queue, else `quintet.dead` |
 | `quintet.dead` | fanout | what a queue's length or delivery limit pushed out of it | the queue `quintet.dead` |
 
 | queue | of | is |
@@ -27,11 +27,10 @@ from msgspec.structs import force_setattr
 
 from quintet.errors import ConfigurationError
 from quintet.message import Channel, Native, native_of
-from quintet.wire.amqp_message import DELAY
+from quintet.wire.amqp_message import DELAY, DELAYS
 from quintet.wire.names import DEAD
 
 EXCHANGE: Final = "quintet"
-DELAYS: Final = "quintet.delay"
 AGAIN: Final = "quintet.again"
 EXCHANGES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     EXCHANGE: ("topic", {}),
