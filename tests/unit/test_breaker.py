@@ -17,6 +17,7 @@ from quintet import (
     InvalidMessage,
     Policy,
     RemoteError,
+    Unavailable,
     deadline,
 )
 from quintet.filters.breaker import Circuit, StateChange
@@ -169,6 +170,24 @@ def test_an_open_circuit_is_tried_at_once_when_what_made_it_open_may_be_over() -
         assert service.circuit.state == "closed"
         service.circuit.try_now()
         assert service.circuit.state == "closed"
+
+    run(main)
+
+
+def test_a_closed_circuit_forgets_what_failed_and_what_is_under_way_when_that_may_be_over() -> None:
+    async def main() -> None:
+        service = callee()
+        await service.fail(19)
+        waiting = [service.start() for _ in range(20)]
+        await service.clock.settle()
+        service.circuit.try_now()
+        assert service.circuit.counts == [0, 0, 0]
+        for future in service.hanging:
+            future.set_result(Unavailable("it waited too long"))
+        await asyncio.wait(waiting)
+        assert service.circuit.state == "closed"
+        await service.fail(20)
+        assert service.circuit.state == "open"
 
     run(main)
 
