@@ -135,7 +135,7 @@ class Circuit:
             self.judge()
 
     def try_now(self) -> None:
-        """What made the calls fail may be over: an open circuit lets its probes through with the next call, and a closed
+        """What made calls fail may be over: an open circuit lets its probes through with the next call, and a closed
         one forgets what failed until now, and what is under way: it may fail for having waited so long."""
         if self.state == "open":
             self._until, self._reopened = self._now(), 0
