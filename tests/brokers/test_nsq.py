@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from urllib.request import urlopen
 
 import pytest
 from running import Entry
@@ -27,7 +29,22 @@ ADDRESSES = {
 async def test_nsq(broker: Brokers, check: Check, address: str) -> None:
     if missing := check.missing(Carrier):
         pytest.skip(f"NSQ lacks {missing}")
-    await check.run(Bench(address.format(**broker("nsq"))))
+    nsq = broker("nsq")
+    bench = Bench(address.format(**nsq))
+    run = bench.name().rpartition(".")[2]
+    try:
+        await check.run(bench)
+    finally:
+        sweep(nsq["http"], lambda topic: run in topic)
+
+
+def sweep(http: str, wanted: Callable[[str], bool]) -> None:
+    """Removes topics: nsqd keeps each until it is told."""
+    with urlopen(f"{http}/stats?format=json&include_clients=false&include_mem=false") as answer:
+        topics = [topic["topic_name"] for topic in json.load(answer)["topics"]]
+    for topic in filter(wanted, topics):
+        with urlopen(f"{http}/topic/delete?topic={topic}", data=b""):
+            pass
 
 
 def test_nsq_is_excused_only_for_what_was_reviewed() -> None:

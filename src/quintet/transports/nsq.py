@@ -73,6 +73,7 @@ REMEMBERED = 25_000  # ids of settled messages, per generation: nsqd repeats som
 POLL = 15.0  # seconds between two questions to the lookup daemons, by chance a fifth more or less
 SWEEP = 60.0
 TAIL_POLL = 0.25  # seconds between two looks for new topics
+TAIL_STEP = 64  # topics that are subscribed to at once
 TAIL_KEPT = 10_000  # messages that one tail may lag behind; the oldest go first
 INSIST_PAUSE = 0.1  # seconds until a copy that was not accepted is sent again
 REFUSED_AFTER = 60.0  # seconds until a message comes again whose copy nsqd will not have
@@ -136,24 +137,34 @@ def _silent(kind: Literal["broker-lost", "broker-back"], subject: str, reason: o
 # What is served
 
 
+class _Pipe(Struct, frozen=True):
+    """A topic and channel of NSQ that bring messages of a channel that is served."""
+
+    topic: str
+    channel: str
+    options: Subscription = _SUBSCRIPTION
+
+
 class _Tap(User):
     """A channel of NSQ at one nsqd, for one serving. It outlives its connections, and knows what it was given."""
 
-    def __init__(self, serving: _Serving, host: Host, topic: str, channel: str) -> None:
+    def __init__(self, serving: _Serving, host: Host, pipe: _Pipe) -> None:
         carrier = serving.carrier
         self.session: NSQ | None = None
         self.inflight: dict[bytes, Delivery] = {}
         self.held = 0  # of these, what waits here until its time has come
         self.host = host
-        self.topic = topic
-        self.channel = channel
-        self.connection = carrier.connect(host, self, serving.options, carrier.told(self))
+        self.topic = pipe.topic
+        self.channel = pipe.channel
+        self.connection = carrier.connect(host, self, pipe.options, carrier.told(self))
         self._serving = serving
         self._clock = carrier.clock
         self._ready = -1  # RDY as nsqd has it
+        self._patience = math.inf  # seconds that nsqd lets a message be in flight, however often it is touched
+        self._stale = 0  # in flight here since an earlier session
         self._settled: set[bytes] = set()  # nsqd repeats what it had in flight, and after a kill some that was done
         self._settled_before: set[bytes] = set()
-        self._known = False  # had a session before
+        self._lost_at: float | None = None  # when an earlier session was lost
         self._since = 0  # nanoseconds of nsqd's clock: older is not for us
         self._suspect = 0  # older may have been delivered already
         self._first = 0  # older than that needs a look
@@ -169,25 +180,37 @@ class _Tap(User):
             return
         serving = self._serving
         await session.ask(wire.sub(self.topic, self.channel))
-        started = await serving.carrier.started(self.host)
-        if started is None and self._known:
-            started = self._clock.wall()
-        if started is not None:
-            self._suspect = int(started * 1e9)
+        if not serving.channel.temporary:
+            self._suspect = max(self._suspect, await self._restarted())
             self._first = max(self._since, self._suspect)
-        self.session, self._ready = session, -1
+        self.session, self._stale, self._ready = session, len(self.inflight), -1
+        self._patience = session.limits.max_msg_timeout / 1000
         self.allow()
-        if serving.begins_empty and not self._known:
+        if serving.begins_empty and (self._marked is None or not self._marked.done()):
             mark = Message(channel=serving.channel, id=new_id(), headers={MARK: "begin"})
             self._since = self._first = 1 << 63
             self._marked = asyncio.get_running_loop().create_future()
             await session.publish(self.topic, wire.pack(mark))
             await self._marked
-        self._known = True
+
+    @property
+    def longest(self) -> float:
+        """Seconds that a message may be in flight, less what the way to its copy may take."""
+        return 0.8 * self._patience
+
+    async def _restarted(self) -> int:
+        """What nsqd took before this time, in nanoseconds, it may deliver again as if it were new: it was restarted,
+        and tells that to the second, or not at all."""
+        started, lost = await self._serving.carrier.started(self.host), self._lost_at
+        if started is None:
+            return 0 if lost is None else int(lost * 1e9)
+        if lost is not None and started >= math.floor(lost):
+            return int(max(lost, started) * 1e9)
+        return int((started + (self._clock.wall() > started + 2)) * 1e9)
 
     def gone(self, session: NSQ) -> None:
         if self.session is session:
-            self.session = None
+            self.session, self._lost_at = None, self._clock.wall()
 
     async def open(self) -> None:
         await self.connection.open()
@@ -205,24 +228,29 @@ class _Tap(User):
         self._opening = asyncio.get_running_loop().create_task(insist())
 
     def allow(self) -> None:
-        """Tells nsqd how many messages may be in flight: what waits here takes no handler's place."""
+        """Tells nsqd how many messages may be in flight. What waits here takes no handler's place; what nsqd does not
+        know to be in flight any more still does."""
         session = self.session
         if session is not None and not self._leaving:
-            ready = min(self._serving.share() + self.held, session.limits.max_rdy_count)
+            ready = min(max(0, self._serving.share() + self.held - self._stale), session.limits.max_rdy_count)
             if ready != self._ready:
                 self._ready = ready
                 session.write(wire.rdy(ready))
 
     def arrived(self, delivery: Delivery) -> None:
-        message = delivery.id
+        message, session = delivery.id, self.session
         if delivery.timestamp < self._first and self._is_old(delivery):
             return
         if message in self._settled or message in self._settled_before:
-            self.write(wire.fin(message))
+            self._write(wire.fin(message))
             return
-        if message in self.inflight:
-            return  # it is in work here since an earlier session
-        delivery.tap = self
+        known = self.inflight.get(message)
+        if known is not None:  # in work here since an earlier session, or for longer than nsqd's patience
+            if known.session is not session:
+                known.session = session
+                self._freshen()
+            return
+        delivery.tap, delivery.session = self, session
         self.inflight[message] = delivery
         if delivery.body.startswith(wire.DEFERRED) and self._serving.defer(delivery):
             return
@@ -238,36 +266,49 @@ class _Tap(User):
         elif delivery.timestamp >= self._since:
             delivery.attempts = max(delivery.attempts, 2)
             return False
-        self.write(wire.fin(delivery.id))
+        self._write(wire.fin(delivery.id))
         return True
 
-    def write(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> None:
         if self.session is not None:
             self.session.write(data)
 
     def settle(self, delivery: Delivery) -> None:
         """FIN; where nsqd does not hear it the message is known when it comes again."""
-        message = delivery.id
+        message, settled = delivery.id, self._settled
         self.inflight.pop(message, None)
-        settled = self._settled
         settled.add(message)
         if len(settled) >= REMEMBERED:
             self._settled_before, self._settled = settled, set()
-        if self.session is not None:
-            self.session.write(b"FIN " + message + b"\n")
+        session = self.session
+        if session is not None and delivery.session is session:
+            session.write(b"FIN " + message + b"\n")
+        else:
+            self._freshen()
 
     def requeue(self, delivery: Delivery, after: float) -> bool:
-        """REQ. False where nsqd is away: it may have forgotten the message."""
+        """REQ. False where nsqd does not have it in flight for us: it may have forgotten it."""
         self.inflight.pop(delivery.id, None)
-        if self.session is None:
+        session = self.session
+        if session is None or delivery.session is not session:
+            self._freshen()
             return False
-        self.session.write(wire.req(delivery.id, max(0, round(after * 1000))))
+        session.write(wire.req(delivery.id, max(0, round(after * 1000))))
         return True
+
+    def _freshen(self) -> None:
+        """One that was in flight since an earlier session is so no more."""
+        if self.session is not None:
+            self._stale -= 1
+            self.allow()
 
     def touch(self) -> None:
         """What is in work here must go to nobody else."""
-        if self.session is not None and self.inflight:
-            self.session.write(b"".join(map(wire.touch, self.inflight)))
+        session = self.session
+        if session is not None:
+            known = [wire.touch(message) for message, one in self.inflight.items() if one.session is session]
+            if known:
+                session.write(b"".join(known))
 
     async def leave(self) -> None:
         """No more messages from here on: those on their way have come when it returns."""
@@ -330,11 +371,10 @@ class _Serving:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: Handle | None = None
         self._stopping = False
-        self._pipes = [(topic_of(channel), WORK)]
-        if channel.fanout and channel.temporary:
-            self._pipes = [(topic_of(channel), own)]
-        elif channel.fanout:
-            self._pipes = [(topic_of(channel), wire.fit(group or WORK)), (self._again_topic, WORK)]
+        name = (own or wire.fit(group or WORK)) if channel.fanout else WORK
+        self._pipes = [_Pipe(topic_of(channel), name, self.options)]
+        if channel.fanout and not own:
+            self._pipes.append(_Pipe(self._again_topic, WORK))
 
     def __repr__(self) -> str:
         return f"<serving {self.channel.name} as {self._group or 'its one receiver'}: {self.intake!r}>"
@@ -347,7 +387,7 @@ class _Serving:
 
     async def open(self, hosts: Sequence[Host]) -> None:
         """Raises where the channel can be had at none of the nsqds."""
-        taps = [self._add(host, *pipe) for host in hosts for pipe in self._pipes]
+        taps = [self._add(host, pipe) for host in hosts for pipe in self._pipes]
         outcomes = await asyncio.gather(*(tap.open() for tap in taps), return_exceptions=True)
         failed = {tap.host: error for tap, error in zip(taps, outcomes, strict=True) if error is not None}
         for error in failed.values():
@@ -369,13 +409,13 @@ class _Serving:
                 self._start(tap.close())
         for host in hosts:
             for pipe in self._pipes:
-                if (host, pipe[0]) not in self.taps:
-                    self._add(host, *pipe).open_later()
+                if (host, pipe.topic) not in self.taps:
+                    self._add(host, pipe).open_later()
         for tap in self.taps.values():
             tap.allow()
 
-    def _add(self, host: Host, topic: str, channel: str) -> _Tap:
-        tap = self.taps[host, topic] = _Tap(self, host, topic, channel)
+    def _add(self, host: Host, pipe: _Pipe) -> _Tap:
+        tap = self.taps[host, pipe.topic] = _Tap(self, host, pipe)
         return tap
 
     def _touch_later(self) -> None:
@@ -402,25 +442,30 @@ class _Serving:
         delivery.tap.settle(delivery)
 
     async def again(self, delivery: Delivery, copy: Message, after: float) -> None:
+        longest = delivery.tap.longest
         if self.channel.temporary:
             delivery.tap.requeue(delivery, after)
         elif after > 0 and not self._stopping:
-            self._hold(delivery, after, lambda: self._start(self._send_again(delivery, copy)))
+            rest = self.carrier.clock.wall() + after if after > longest else None
+            self._hold(delivery, min(after, longest), lambda: self._start(self._send_again(delivery, copy, rest)))
         else:
             await self._send_again(delivery, copy)
 
     async def dead(self, delivery: Delivery, copy: Message) -> None:
-        await self._replace(delivery, DEAD, LETTERS, copy)
+        await self._replace(delivery, DEAD, LETTERS, self._pack(copy))
 
     def give_back(self, delivery: Delivery) -> None:
         self._requeue(delivery, 0.0)
 
     # Copies
 
-    async def _send_again(self, delivery: Delivery, copy: Message) -> None:
-        await self._replace(delivery, self._again_topic, WORK, copy)
+    def _pack(self, message: Message, not_before: float | None = None) -> bytes:
+        return wire.pack(message, self.carrier.clock.to_wall(message.deadline), not_before)
 
-    async def _replace(self, delivery: Delivery, topic: str, channel: str, copy: Message) -> None:
+    async def _send_again(self, delivery: Delivery, copy: Message, not_before: float | None = None) -> None:
+        await self._replace(delivery, self._again_topic, WORK, self._pack(copy, not_before))
+
+    async def _replace(self, delivery: Delivery, topic: str, channel: str, copy: bytes) -> None:
         """FIN once a copy is on disk."""
         try:
             await self.carrier.insist(topic, channel, copy)
@@ -437,15 +482,19 @@ class _Serving:
         if not delivery.tap.requeue(delivery, after) and not self.channel.temporary:
             copy = self.read(delivery)
             copy.attempt += 1
-            self.carrier.keep(self.carrier.insist(self._again_topic, WORK, copy))
+            self.carrier.keep(self.carrier.insist(self._again_topic, WORK, self._pack(copy)))
 
     def defer(self, delivery: Delivery) -> bool:
         """Whether a deferred message came too early: nsqd forgets to wait where it is busy. It is held then."""
-        due, clock = wire.not_before(delivery.body), self.carrier.clock
-        after = 0.0 if due is None else due - clock.wall()
+        due, longest = wire.not_before(delivery.body), delivery.tap.longest
+        after = 0.0 if due is None else due - self.carrier.clock.wall()
         if after <= 0 or self._stopping:
             return False
-        self._hold(delivery, after, lambda: self.intake.put(delivery))
+        if after <= longest:
+            self._hold(delivery, after, lambda: self.intake.put(delivery))
+        else:
+            later = functools.partial(self._replace, delivery, self._again_topic, WORK, delivery.body)
+            self._hold(delivery, longest, lambda: self._start(later()))
         return True
 
     def _hold(self, delivery: Delivery, after: float, act: Callable[[], Any]) -> None:
@@ -504,9 +553,9 @@ class _Serving:
             self._timer.cancel()
         self.carrier.ended(self)
         await asyncio.gather(*(tap.close() for tap in self.taps.values()))
-        if self.channel.temporary:
-            for tap in self.taps.values():
-                self.carrier.dropped(tap)
+        for tap in self.taps.values():
+            self.carrier.dropped(tap)
+            if self.channel.temporary:
                 await self.carrier.remove(tap.host, tap.topic, tap.channel if self.channel.fanout else "")
 
 
@@ -535,7 +584,7 @@ class _Nobody(User):
     async def begin(self, session: NSQ) -> None:
         self._session = session
         await session.ask(wire.sub(self._topic, NOBODY))
-        session.write(wire.rdy(10))
+        session.write(wire.rdy(min(10, session.limits.max_rdy_count)))
 
     def arrived(self, delivery: Delivery) -> None:
         if self._session is not None:
@@ -581,7 +630,7 @@ class _Watching(User):
     async def begin(self, session: NSQ) -> None:
         self._session = session
         await session.ask(wire.sub(self._topic, self._channel))
-        session.write(wire.rdy(100))
+        session.write(wire.rdy(min(100, session.limits.max_rdy_count)))
 
     def arrived(self, delivery: Delivery) -> None:
         self._tail.saw(self._topic, delivery)
@@ -658,14 +707,20 @@ class _Tail:
         announced = wire.fit(f"{self._number}.{_plain(self._prefix)}", TEMPORARY)
         while True:
             for host in self._carrier.hosts:
-                topics = (await self._carrier.stats(host, **wanted)).topics or ()
-                if (host, TAILS) not in self._topics:
-                    await self._tap(host, TAILS, announced)
-                for topic in topics:
-                    name = topic.topic_name
-                    fits = exact or (name.startswith(self._prefix) and not _is_inner(name))
-                    if fits and topic.channels and (host, name) not in self._topics:
-                        await self._tap(host, name, _tail_channel(self._number))
+                try:
+                    if (host, TAILS) not in self._topics:
+                        await self._tap(host, TAILS, announced)
+                    topics = (await self._carrier.stats(host, **wanted)).topics or ()
+                    names = [topic.topic_name for topic in topics if topic.channels]
+                    if not exact:
+                        names = [name for name in names if name.startswith(self._prefix) and not _is_inner(name)]
+                    new = [name for name in names if (host, name) not in self._topics]
+                    for start in range(0, len(new), TAIL_STEP):
+                        some = new[start : start + TAIL_STEP]
+                        await asyncio.gather(*(self._tap(host, name, _tail_channel(self._number)) for name in some))
+                except (TransportError, Unavailable):
+                    if not self._topics:
+                        raise
             await self._carrier.clock.sleep(TAIL_POLL)
 
     async def _tap(self, host: Host, topic: str, channel: str) -> None:
@@ -765,20 +820,22 @@ class Carrier(Transport):
         self._largest = int(_at_least(1.0, address, "largest", LARGEST))
         self._largest_known = "largest" in address.options
         self._poll_seconds = _at_least(0.05, address, "poll", POLL)
-        self._lookups = [f"{host or '127.0.0.1'}:{port or LOOKUP_PORT}" for host, port in address.hosts]
+        self._lookups = [_url(host or "127.0.0.1", port or LOOKUP_PORT) for host, port in address.hosts]
         self._by_lookup = variant == "lookup"
         self.hosts: list[Host] = [(host or "127.0.0.1", port or PORT) for host, port in address.hosts]
         self._https: dict[Host, str] = _https(address, self.hosts)
         self._guesses: dict[Host, tuple[asyncio.Task[None], float]] = {}  # where HTTP may be, and when that was asked
         self._publishing = _Publishing()
         self._connection: _Line | None = None
+        self._closing = False
         self._servings: list[_Serving] = []
         self._nobodies: dict[tuple[Host, str], _Line] = {}
         self._declaring: dict[tuple[NSQ, str], asyncio.Task[None]] = {}
         self._kept: set[asyncio.Task[None]] = set()  # copies of what nsqd may have forgotten
-        self._away: dict[_Tap | _Publishing, object] = {}
+        self._away: set[_Tap | _Publishing] = set()
         self._told_away = False
         self._dead: dict[Host, tuple[list[tuple[int, int, int]], dict[tuple[str, str], int]]] = {}
+        self._letters_lock = asyncio.Lock()  # two who read at once would see half of them each
         self._tails: list[_Tail] = []
         self._chores: list[asyncio.Task[None]] = []
         self._sweeping = False
@@ -805,16 +862,16 @@ class Carrier(Transport):
             self._chore(self._poll())
 
     async def close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is None:
+        connection = self._connection
+        if connection is None or self._closing:
             return
+        self._closing = True
         chores = [*self._chores, *(guess for guess, _ in self._guesses.values())]
         for chore in chores:
             chore.cancel()
         await asyncio.gather(*chores, return_exceptions=True)
         for tail in list(self._tails):
             await tail.aclose()
-        self._connection = connection  # what is given back may have to be sent as a copy
         try:
             await asyncio.gather(*(serving.abort() for serving in list(self._servings)))
             if self._kept:
@@ -825,9 +882,7 @@ class Carrier(Transport):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.gather(*(nobody.close() for nobody in self._nobodies.values()))
-            self._nobodies.clear()
-            await connection.close()
+            await asyncio.gather(*(nobody.close() for nobody in self._nobodies.values()), connection.close())
 
     @property
     def connected(self) -> bool:
@@ -848,8 +903,8 @@ class Carrier(Transport):
         channel = message.channel
         session = await self._session(message.deadline if message.until is None else message.until)
         topic = topic_of(channel)
-        if topic not in session.declared:
-            await self._declare(session, channel, topic)
+        if topic not in session.declared and (channel.fanout or not channel.temporary):
+            await self._once(session, topic, self._prepare(topic, channel.fanout))
         deadline = None if message.deadline is None else self.clock.to_wall(message.deadline)
         if message.native and (defer := native_of(message.native, Publish, _PUBLISH).defer):
             body = wire.pack(message, deadline, self.clock.wall() + defer)
@@ -895,10 +950,9 @@ class Carrier(Transport):
             raise Unavailable(f"{self!r} is not open")
         return self._connection.host
 
-    async def insist(self, topic: str, channel: str, message: Message) -> None:
+    async def insist(self, topic: str, channel: str, body: bytes) -> None:
         """Sends a copy until it is accepted, for nobody else has the message. Raises CallError where that is in vain:
         it is refused, or this transport is closed."""
-        body = wire.pack(message, self.clock.to_wall(message.deadline))
         if len(body) > self._largest:
             await self._fits(body)
         while True:
@@ -927,14 +981,8 @@ class Carrier(Transport):
 
     # Topics
 
-    async def _declare(self, session: NSQ, channel: Channel, topic: str) -> None:
-        """Before the first message to a topic: it must not be kept for a group that comes later, nor get lost."""
-        if channel.temporary and not channel.fanout:
-            self._sweep_later()
-        else:
-            await self._once(session, topic, self._prepare(topic, channel.fanout))
-
     async def _prepare(self, topic: str, fanout: bool) -> None:
+        """Before the first message to a topic: it must not get lost, nor be kept for a group that comes later."""
         host = self._host()
         if fanout:
             await self._declare_nobody(host, topic)
@@ -1039,33 +1087,34 @@ class Carrier(Transport):
         """What a connection tells; all of them together tell once."""
 
         def tell(kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None:
-            if kind == "broker-lost":
-                self._away[who] = reason
-            else:
-                self._away.pop(who, None)
-            if bool(self._away) != self._told_away:
-                self._told_away = bool(self._away)
-                self.tell(kind, subject, reason)
+            (self._away.add if kind == "broker-lost" else self._away.discard)(who)
+            self._tell_once(subject, reason)
 
         return tell
 
     def dropped(self, tap: _Tap) -> None:
         """A tap that is not wanted any more is not missed."""
-        self._away.pop(tap, None)
+        self._away.discard(tap)
+        self._tell_once(str(self.address))
+
+    def _tell_once(self, subject: str, reason: object = "") -> None:
+        if bool(self._away) != self._told_away and not self._closing:
+            self._told_away = bool(self._away)
+            self.tell("broker-lost" if self._away else "broker-back", subject, reason)
 
     # Lookup daemons
 
     async def _look(self) -> list[Host]:
         """The nsqds that the lookup daemons know. Raises Unavailable where none of these answers."""
         outcomes = await asyncio.gather(
-            *(_fetch(f"http://{lookup}/nodes", http.Producers) for lookup in self._lookups), return_exceptions=True
+            *(_fetch(f"{lookup}/nodes", http.Producers) for lookup in self._lookups), return_exceptions=True
         )
         found: dict[Host, str] = {}
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         for outcome in outcomes:
             if isinstance(outcome, http.Producers):
                 for one in outcome.producers or ():
-                    base = f"http://{one.broadcast_address}:{one.http_port}"
+                    base = _url(one.broadcast_address, one.http_port)
                     found[one.broadcast_address, one.tcp_port] = base
         if len(errors) == len(outcomes):
             raise Unavailable(f"{self.address}: no lookup daemon answers: {errors[0]}") from errors[0]
@@ -1105,7 +1154,7 @@ class Carrier(Transport):
         await self.http_of(host)
 
     async def _guess(self, host: Host) -> None:
-        base = f"http://{host[0]}:{host[1] + 1}"
+        base = _url(host[0], host[1] + 1)
         with contextlib.suppress(TransportError):
             if (await _fetch(f"{base}/info", http.Info, GUESS_SECONDS)).tcp_port == host[1]:
                 self._https[host] = base
@@ -1116,7 +1165,7 @@ class Carrier(Transport):
         if base is None:
             return None
         try:
-            return (await _fetch(f"{base}/info", http.Info)).start_time
+            return (await _fetch(f"{base}/info", http.Info, GUESS_SECONDS)).start_time
         except TransportError:
             return None
 
@@ -1162,7 +1211,7 @@ class Carrier(Transport):
     # Letters
 
     async def dead(self, channel: str | None = None) -> Sequence[DeadLetter]:
-        each = await asyncio.gather(*(self._letters_of(host) for host in self.hosts))
+        each = [await self._letters_of(host) for host in self.hosts]
         found = {one.id: one for letters in each for one in letters.values() if channel in (None, one.channel)}
         return sorted(found.values(), key=lambda one: one.died_at)
 
@@ -1215,13 +1264,15 @@ class Carrier(Transport):
     async def _read_letters_of(self, host: Host, finished: Callable[[DeadLetter, Message], Awaitable[bool]]) -> None:
         """Shows each dead letter to `finished`: those for which it says so are gone, the others go back. Each that is
         given back at once goes to the end of the queue, and once all have come a second time there were no others."""
-        async with self._reading(host, DEAD, LETTERS, 100) as reader:
+        async with self._letters_lock, self._reading(host, DEAD, LETTERS, 100) as reader:
             seen, repeats = set[bytes](), 0
             while repeats <= len(seen):
                 try:
                     async with asyncio.timeout(QUIET):
                         delivery = await reader.arrivals.get()
                 except TimeoutError:
+                    if reader.session is None:
+                        raise TransportError(f"{self.address}: the connection broke while it was read") from None
                     return
                 keep = True
                 if delivery.id in seen:
@@ -1374,6 +1425,10 @@ def _at_least(bound: float, address: Address, name: str, default: float) -> floa
     if not bound <= value < math.inf:
         raise AddressError(f"{address}: option {name} must be a number of at least {bound:g}")
     return value
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _https(address: Address, hosts: Sequence[Host]) -> dict[Host, str]:

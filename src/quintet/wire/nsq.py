@@ -237,7 +237,7 @@ class Layer(Protocol):
 class Deflate:
     """DEFLATE (RFC 1951) without a header, flushed at each write."""
 
-    def __init__(self, level: int = 6) -> None:
+    def __init__(self, level: int = 1) -> None:  # more would block the loop for 20 ms and longer over a megabyte
         self._out = zlib.compressobj(level, wbits=-15)
         self._in = zlib.decompressobj(wbits=-15)
 

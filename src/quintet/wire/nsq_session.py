@@ -35,9 +35,10 @@ class Limits(Struct):
 
 
 class Delivery(nsq.Arrived):
-    """A message that was pushed, with whatever its user adds about where it came from."""
+    """A message that was pushed, with what its user adds about where it came from."""
 
     tap: Any = None
+    session: NSQ | None = None  # that nsqd has it in flight for
 
 
 class User:
