@@ -144,12 +144,12 @@ class Relay:
     def _lost(self, error: Exception) -> None:
         if self.connected:
             self.connected = False
-            self._watch.tell("disconnected", str(self.address), error)
+            self._watch.tell("broker-lost", str(self.address), error)
 
     def _found(self) -> None:
         if not self.connected:
             self.connected = True
-            self._watch.tell("connected", str(self.address))
+            self._watch.tell("broker-back", str(self.address))
 
     # carrying
 

@@ -311,11 +311,11 @@ async def test_a_network_that_falls_silent_is_noticed_and_what_waits_is_sent_whe
                 async with await psycopg.AsyncConnection.connect(database) as mine:
                     for number in range(10):
                         await service.outbox.add(mine, Shop.placed, f"{mode}-{number}", number)
-                while not told or told[-1].kind != "disconnected":
+                while not told or told[-1].kind != "broker-lost":
                     await asyncio.sleep(0.01)
                 proxy.switch("pass")
                 await heard.so_many(before + 10)
-                while told[-1].kind != "connected":
+                while told[-1].kind != "broker-back":
                     await asyncio.sleep(0.01)
     assert len({order_id for order_id, _ in heard.orders}) == 30
 

@@ -42,6 +42,7 @@ from quintet.binding import bind
 from quintet.errors import InvalidMessage
 from quintet.message import Message, new_id
 from quintet.outbox import BATCH_BYTES, Settled, open_box, pack
+from quintet.outboxes import postgresql
 from quintet.relay import LOOK_SECONDS
 from quintet.testing import FakeClock
 from quintet.testing.harness import harness
@@ -323,6 +324,10 @@ async def test_an_address_that_is_no_database_is_refused_at_start_up(address: st
     with pytest.raises(AddressError):
         async with serve(shop(address), at="memory://"):
             pass
+
+
+def test_the_docs_show_the_table_that_a_role_with_more_rights_has_to_make() -> None:
+    assert postgresql.SCHEMA in (HERE.parents[1] / "docs" / "outbox.md").read_text()
 
 
 async def test_a_transaction_in_another_database_is_refused(tmp_path: Path) -> None:
@@ -672,8 +677,8 @@ async def test_a_database_that_fails_is_told_once_and_asked_again(
         await heard.so_many(1)
     address = f"sqlite:///{file}"
     assert [(one.kind, one.reason) for one in told if one.subject == address] == [
-        ("disconnected", "disk I/O error"),
-        ("connected", ""),
+        ("broker-lost", "disk I/O error"),
+        ("broker-back", ""),
     ]
 
 
