@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+import sqlite3
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any, assert_type
 
+import apsw
 from msgspec import Struct
 
 from quintet import (
@@ -159,6 +161,21 @@ async def pick_up(trip_id: str, at: Place | None = None) -> None:
 @service.handles(Trips.receipt)
 async def receipt(trip_id: str) -> list[str]:
     return [trip_id]
+
+
+class Awaited:
+    """What psycopg.AsyncConnection and aiosqlite.Connection have in common."""
+
+    async def execute(self, statement: str, values: Sequence[object]) -> object: ...
+    async def commit(self) -> None: ...
+
+
+async def within(mine: apsw.Connection, standard: sqlite3.Connection, awaited: Awaited, trip: Trip) -> None:
+    outbox = service.outbox
+    assert_type(outbox.add(current().store, Trips.created, trip), str)
+    assert_type(outbox.using(key="t-1").add(mine, Trips.changed, trip, before=State.WAITING), str)
+    assert_type(outbox.add(standard, trips.pick_up.using(id="m-1"), "t-1", at=Place(1.0)), str)
+    assert_type(trips.receipt.pending(await outbox.add(awaited, trips.receipt, "t-1")), Pending[list[str]])
 
 
 @listener.handles(Trips.created, every_instance=True)

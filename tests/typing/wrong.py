@@ -13,6 +13,7 @@ from quintet import (
     async_request,
     blocking,
     connect,
+    current,
     event,
     notification,
     on,
@@ -152,6 +153,10 @@ async def send() -> None:
     await service.publish(Trips.created)  # wrong: the event is missing
     await service.publish(Trips.get, "t-1")  # wrong: a request is not published
     await service.publish(Trips.offers, trip)  # wrong: a survey is not published
+    service.outbox.add(current().store, Trips.created, 1)  # wrong: type of the event
+    service.outbox.add(current().store, Trips.created)  # wrong: the event is missing
+    service.outbox.add(current().store, Trips.get, "t-1")  # wrong: a request is no client's call
+    service.outbox.add("sqlite:///trips.db", Trips.created, trip)  # wrong: no transaction
     service.ask(Trips.created, trip)  # wrong: an event is not asked
     service.ask(Trips.offers, "t-1")  # wrong: type of the question
     service.ask(Trips.offers, trip).within()  # wrong: the time is missing
