@@ -102,7 +102,7 @@ def main() -> int:
         written += ["| figure | measured | unit | budget | holds |", "|---|---:|---|---|---|"]
         for figure in result.figures:
             holds = {True: "yes", False: "NO", None: ""}[figure.holds]
-            row = (figure.name, number(figure.value), figure.unit, figure.budget, holds)
+            row = (figure.name.replace("|", "/"), number(figure.value), figure.unit, figure.budget, holds)
             table.add_row(*row, style="red" if figure.holds is False else None)
             written.append(f"| {' | '.join(row)} |")
         console.print(table)

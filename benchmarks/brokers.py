@@ -383,10 +383,12 @@ def compare(
     seconds: float,
     rounds: int,
     handled: bool = False,
+    warm: float = 0.2,
 ) -> Rates:
     """Messages per second of each peer; the peers take turns, round by round, and one that fails is left out.
 
-    From the first send until the last is answered, or (`handled`) until the last handler's end.
+    From the first send until the last is answered, or (`handled`) until the last handler's end. `warm`: seconds that
+    each has before, which a broker in a virtual machine of Java needs as much as they do.
     """
     rates = Rates(title, {peer: {many: [] for many in levels} for peer in peers}, {}, {})
     costs = {peer: [0.0, 0.0, 0.0, 0.0] for peer in peers}  # messages, and seconds of each process
@@ -397,9 +399,9 @@ def compare(
             at = At(broker.entry["address"], f"bench.{question}.{_word(peer)}")
             with _watched(rates, peer):
                 pairs[peer] = pair = Pair(module, question, peer, at, stay)
-                warm = pair.send(max(levels), 0.2)
-                sent = warm["ended"] - warm["begun"]
-                took = pair.handled()["last"] - warm["begun"] if handled else sent
+                begun = pair.send(max(levels), warm)
+                sent = begun["ended"] - begun["begun"]
+                took = pair.handled()["last"] - begun["begun"] if handled else sent
                 times[peer] = seconds * min(1.0, sent / took)  # what is slower to hear than to tell is told less
         for many in [many for _ in range(rounds) for many in levels]:
             for peer, pair in pairs.items():
@@ -489,7 +491,7 @@ class Idle(threading.Thread):
 
 
 class Blocked(Struct):
-    """What a megabyte does to the loops of both sides, in milliseconds: the median of the rounds' worst."""
+    """What messages of a megabyte do to the loops of both sides, in milliseconds at worst."""
 
     sender: float
     receiver: float
@@ -502,7 +504,7 @@ class Blocked(Struct):
 
 def large(module: str, question: str, peer: str, broker: Broker, name: str, *, seconds: float, rounds: int) -> Blocked:
     """Four tasks send a megabyte each, then pause, while both sides tick."""
-    found = []
+    found, rates = [], []
     with ExitStack() as stay:
         pair = Pair(module, question, peer, At(broker.entry["address"], name, large=True), stay)
         pair.send(1, 0.1, PAUSE)
@@ -513,11 +515,11 @@ def large(module: str, question: str, peer: str, broker: Broker, name: str, *, s
             idle = Idle()
             sent = pair.send(4, seconds, 5 * PAUSE)
             ended = pair.handled()["last"]
-            sender, receiver = (one.ask("tock") for one in (pair.sender, pair.receiver))
-            rate = sent["count"] / (ended - sent["begun"])
-            blocks = (sender["late"], receiver["late"], sender["work"], receiver["work"], idle.stop())
-            found.append((*(1e3 * one for one in blocks), rate))
-    return Blocked(*map(statistics.median, zip(*found, strict=True)))
+            tocks = [one.ask("tock") for one in (pair.sender, pair.receiver)]
+            rates.append(sent["count"] / (ended - sent["begun"]))
+            found.append([tock[what] for what in ("late", "work") for tock in tocks] + [idle.stop()])
+    sender, receiver, sender_work, receiver_work, idle_late = (1e3 * max(each) for each in zip(*found, strict=True))
+    return Blocked(sender, receiver, sender_work, receiver_work, idle_late, statistics.median(rates))
 
 
 BLOCKED = 5.0  # milliseconds that a megabyte may keep a loop
@@ -529,7 +531,7 @@ def large_figures(module: str, question: str, broker: Broker, beside: Sequence[s
     for peer in (ALONE, *beside):
         name = f"1 MB messages, {peer}"
         try:
-            rounds = 5 if peer == ALONE else 1
+            rounds = 3 if peer == ALONE else 1
             name_there = f"bench.large.{_word(peer)}"
             blocked = large(module, question, peer, broker, name_there, seconds=0.4, rounds=rounds)
         except Ended as ended:
@@ -537,7 +539,7 @@ def large_figures(module: str, question: str, broker: Broker, beside: Sequence[s
             continue
         late = {"the sender's": blocked.sender, "the receiver's": blocked.receiver}
         for side, milliseconds in late.items():
-            title = f"{name}: {side} loop was late by, at most"
+            title = f"{name}: {side} loop was late by, at worst"
             ours = at_most(title, milliseconds, "ms", BLOCKED)
             found.append(ours if peer == ALONE else Figure(title, milliseconds, "ms"))
         found.append(Figure(f"{name}: the sender's loop computed at a stretch", blocked.sender_work, "ms"))

@@ -113,7 +113,9 @@ def figures() -> list[Figure]:
     module = "benchmarks.brokers_stomp"
     with broker("activemq") as activemq:
         levels = (1, 16, MANY)
-        ask = compare(module, "ask", ASK, activemq, title="request/response", levels=levels, seconds=0.5, rounds=5)
+        ask = compare(
+            module, "ask", ASK, activemq, title="request/response", levels=levels, seconds=0.5, rounds=5, warm=0.6
+        )
         return [
             ask.beside("stompman", MANY, 3),
             *large_figures(module, "tell", activemq, beside=("stompman",)),
