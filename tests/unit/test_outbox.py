@@ -43,6 +43,7 @@ from quintet.errors import InvalidMessage
 from quintet.message import Message, new_id
 from quintet.outbox import BATCH_BYTES, Settled, open_box, pack
 from quintet.outboxes import postgresql
+from quintet.outboxes.sqlite import Keeper
 from quintet.relay import LOOK_SECONDS
 from quintet.testing import FakeClock
 from quintet.testing.harness import harness
@@ -81,6 +82,31 @@ class Heard:
     async def so_many(self, orders: int = 0, gossip: int = 0) -> None:
         async with self._changed:
             await self._changed.wait_for(lambda: len(self.orders) >= orders and len(self.gossip) >= gossip)
+
+
+class Broker:
+    """What stands before the memory transport: `refuses` says with which error."""
+
+    def __init__(self) -> None:
+        self.refuses: Callable[[Message], Exception | None] = lambda message: None
+        self.sent: list[str] = []
+
+    def refuse(self, error: Exception | None) -> None:
+        self.refuses = lambda message: error if message.operation == "shop.placed" else None
+
+
+@pytest.fixture
+def broker(monkeypatch: pytest.MonkeyPatch) -> Broker:
+    gate, inner = Broker(), Carrier.send
+
+    async def send(self: Carrier, message: Message) -> Message | None:
+        if error := gate.refuses(message):
+            raise error
+        gate.sent.append(message.id)
+        return await inner(self, message)
+
+    monkeypatch.setattr(Carrier, "send", send)
+    return gate
 
 
 async def place(order_id: str, amount: int) -> int:
@@ -285,7 +311,7 @@ async def test_what_somebody_waits_for_and_what_is_not_the_service_s_own_is_refu
     assert rows(tmp_path / "shop.db") == []
 
 
-async def test_using_gives_an_event_an_id_a_key_headers_and_an_end(tmp_path: Path) -> None:
+async def test_using_gives_an_event_an_id_a_key_headers_and_an_end(broker: Broker, tmp_path: Path) -> None:
     clock, heard = FakeClock(), Heard()
     service = shop(f"sqlite:///{tmp_path}/shop.db")
     async with serve(service, heard.service, at="memory://", connect={Shop: "memory://"}, clock=clock):
@@ -301,7 +327,7 @@ async def test_using_gives_an_event_an_id_a_key_headers_and_an_end(tmp_path: Pat
         await heard.so_many(1)
         await emptied(tmp_path / "shop.db")
     assert heard.headers == [{"x-city": "Zürich"}]
-    assert heard.gossip == []
+    assert broker.sent == ["m-1"]
 
 
 async def test_what_expires_by_its_contract_does_so_from_when_it_was_added(tmp_path: Path) -> None:
@@ -399,6 +425,31 @@ async def test_what_another_process_added_is_found_within_a_second(tmp_path: Pat
         await heard.so_many(gossip=1)
 
 
+async def test_what_comes_between_a_look_and_its_end_is_sent_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, heard = tmp_path / "shop.db", Heard()
+    service = shop(f"sqlite:///{file}")
+    turned, channel = Keeper.turn, Shop.gossip.channel.name
+
+    async def turn(self: Keeper, name: str, settled: Settled, limit: int) -> object:
+        found = await turned(self, name, settled, limit)
+        if not found and not heard.gossip:
+            insert(file, Shop.gossip, "meanwhile")
+            assert service.running
+            assert service.running.relay
+            service.running.relay.wake(channel)
+        return found
+
+    monkeypatch.setattr(Keeper, "turn", turn)
+    async with serve(service, heard.service, at="memory://", connect={Shop: "memory://"}, clock=FakeClock()):
+        with connection("sqlite", file) as mine:
+            mine.execute("BEGIN")
+            service.outbox.add(mine, Shop.gossip, "taken back")
+            mine.execute("ROLLBACK")
+        await heard.so_many(gossip=1)
+
+
 async def test_what_was_there_when_the_service_starts_is_sent(tmp_path: Path) -> None:
     heard, file = Heard(), tmp_path / "shop.db"
     prepared(file)
@@ -414,8 +465,8 @@ async def test_what_was_there_when_the_service_starts_is_sent(tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_of_two_instances_one_relays_and_the_other_takes_over_when_it_stops(kind: str, tmp_path: Path) -> None:
-    heard, file = Heard(), tmp_path / "shop.db"
-    one, other = shop(f"{kind}:///{file}"), shop(f"{kind}:///{file}")
+    heard, file, clock = Heard(), tmp_path / "shop.db", FakeClock()  # a lease ends by the clock, not by a busy machine
+    first, second = shop(f"{kind}:///{file}"), shop(f"{kind}:///{file}")
 
     def add(service: Service, count: int) -> None:
         with connection(kind, file) as mine:
@@ -424,14 +475,26 @@ async def test_of_two_instances_one_relays_and_the_other_takes_over_when_it_stop
                 service.outbox.add(mine, Shop.placed, f"o-{number % 5}", number)
                 mine.execute("COMMIT")
 
-    async with serve(heard.service, at="memory://", connect={Shop: "memory://"}):
-        async with serve(other, at="memory://"):
-            async with serve(one, at="memory://"):
-                await asyncio.gather(asyncio.to_thread(add, one, 150), asyncio.to_thread(add, other, 150))
-                await heard.so_many(300)
-            await asyncio.to_thread(add, other, 10)
-            await heard.so_many(310)
-    assert len(heard.orders) == 310  # the memory transport repeats nothing: no row was sent by both
+    async with serve(heard.service, at="memory://", connect={Shop: "memory://"}, clock=clock):
+        relaying = serve(first, at="memory://", clock=clock)
+        await relaying.__aenter__()
+        assert first.running
+        assert first.running.relay
+        while not first.running.relay._leads:
+            await asyncio.sleep(0)
+        async with serve(second, at="memory://", clock=clock):
+            assert second.running
+            assert second.running.relay
+            await asyncio.gather(asyncio.to_thread(add, first, 150), asyncio.to_thread(add, second, 150))
+            await asyncio.to_thread(add, first, 1)  # of what the other added it hears by looking
+            await heard.so_many(301)
+            assert not second.running.relay._leads
+            await relaying.__aexit__(None, None, None)
+            while not second.running.relay._leads:
+                await clock.advance(LOOK_SECONDS)
+            await asyncio.to_thread(add, second, 10)
+            await heard.so_many(311)
+    assert len(heard.orders) == 311  # the memory transport repeats nothing: no row was sent by both
     assert len(set(heard.orders)) == 150
 
 
@@ -458,31 +521,6 @@ async def test_another_instance_relays_as_long_as_it_lives(
             assert heard.gossip == []
             await clock.advance(ahead + LOOK_SECONDS)
         await heard.so_many(gossip=1)
-
-
-class Broker:
-    """What stands before the memory transport: `refuses` says with which error."""
-
-    def __init__(self) -> None:
-        self.refuses: Callable[[Message], Exception | None] = lambda message: None
-        self.sent: list[str] = []
-
-    def refuse(self, error: Exception | None) -> None:
-        self.refuses = lambda message: error if message.operation == "shop.placed" else None
-
-
-@pytest.fixture
-def broker(monkeypatch: pytest.MonkeyPatch) -> Broker:
-    gate, inner = Broker(), Carrier.send
-
-    async def send(self: Carrier, message: Message) -> Message | None:
-        if error := gate.refuses(message):
-            raise error
-        gate.sent.append(message.id)
-        return await inner(self, message)
-
-    monkeypatch.setattr(Carrier, "send", send)
-    return gate
 
 
 def telling() -> Service:
