@@ -25,6 +25,7 @@ FIRST_SECONDS = 5.0  # that `open` goes on trying, before it says that no broker
 PAUSE_FIRST, PAUSE_LONGEST = 0.05, 1.0  # between two rounds of attempts, growing twofold, half of it by chance
 FAREWELL_SECONDS = 1.0
 SAYS_BEFORE = 0.02  # seconds before its sender's time is up that a message is said to be not sent
+SIGN_OF_LIFE = 64  # bytes that show that the way is open, although they complete no frame; a byte a second does not
 UNSENT_HIGH = 1 << 20  # bytes that the socket may lag behind before senders wait
 
 TLS_OPTIONS: Final = frozenset({"ca", "cert", "certkey", "verify"})
@@ -136,14 +137,16 @@ class Link(asyncio.Protocol):
         transport.set_write_buffer_limits(high=UNSENT_HIGH)
 
     def data_received(self, data: bytes) -> None:
-        self._heard = self._clock.now()
         if self.session is None:
             self._early.append(data)
             return
         try:
-            self.session.received(data)
+            incomplete = self.session.received(data) is False
         except Exception as error:
             self.drop(error)
+            return
+        if not incomplete or len(data) >= SIGN_OF_LIFE:
+            self._heard = self._clock.now()
 
     def pause_writing(self) -> None:
         self._room = self._loop.create_future()
@@ -227,8 +230,9 @@ class Session(ABC):
         it is worth trying again. It is given CONNECT_SECONDS."""
 
     @abstractmethod
-    def received(self, data: bytes) -> None:
-        """Takes bytes as they come. What it raises ends the link, with that reason."""
+    def received(self, data: bytes) -> bool | None:
+        """Takes bytes as they come. What it raises ends the link, with that reason. False: they completed nothing, so
+        that a few of them are no sign of life."""
 
     @abstractmethod
     def lost(self, error: Exception) -> None:

@@ -56,6 +56,7 @@ from quintet.wire.stomp_message import (
 PORT, TLS_PORT = 61613, 61614
 HEARTBEAT = 5.0  # seconds, unless ?heartbeat= says otherwise
 SILENT_BEATS = 2.0  # heart-beats that may be missing until the broker is taken for gone
+UNSUBSCRIBE_SECONDS = 2.0  # that a broker may take for it; then it goes with the connection
 
 COMMITS: Final = 2  # transactions under way at once: what comes meanwhile goes into the next one together
 TOGETHER, TOGETHER_BYTES = 256, 1 << 20  # messages and bytes of one transaction
@@ -172,6 +173,8 @@ class Session(BrokerSession):
         self._commits = 0
         self._flushing = False
         self._scheduler: asyncio.Future[bool] | None = None
+        self._asking: Handle | None = None
+        self._answered = True
 
     def __repr__(self) -> str:
         return f"<session with {self.server or 'a broker'}, STOMP {self.version or '?'}>"
@@ -201,14 +204,17 @@ class Session(BrokerSession):
         self.beats = agree_beats((carrier.heartbeat, carrier.heartbeat), connected.headers.get("heart-beat", ""))
         if self.beats[0]:
             self.link.beat(self.beats[0] / 2, BEAT)  # brokers allow no delay on the way
-        if self.beats[1]:
-            self.link.expect(self.beats[1] * SILENT_BEATS)
+        if carrier.heartbeat:
+            self.link.expect(max(self.beats[1], carrier.heartbeat) * SILENT_BEATS)
+            self._ask()
         for subscribed in list(self._line.subscribed.values()):
             await self.subscribe(subscribed)
 
-    def received(self, data: bytes) -> None:
+    def received(self, data: bytes) -> bool:
+        whole = False
         for frame in self._parser.feed(data):
             command, headers = frame.command, frame.headers
+            whole = True
             if command == "MESSAGE":
                 subscribed = self._line.subscribed.get(headers.get("subscription", ""))
                 if subscribed is not None:
@@ -221,6 +227,20 @@ class Session(BrokerSession):
                 self._refused(frame)
             elif command == "CONNECTED" and not self._greeted.done():
                 self._greeted.set_result(frame)
+        return whole or self.link.full  # while we send at length the broker has nothing to answer
+
+    def _ask(self) -> None:
+        """Has the broker answer something: a connection that brings a byte now and then would pass for a live one, as
+        a heart-beat is no more than that."""
+        clock, every = self._line.carrier.clock, self._line.carrier.heartbeat
+        self._asking = clock.call_at(clock.now() + every, self._ask)
+        if self._answered:
+            self._answered = False
+            receipt = self._receipt(self._answers)
+            self.link.write(f"BEGIN\ntransaction:q\n\n\0ABORT\ntransaction:q\nreceipt:{receipt}\n\n\0".encode())
+
+    def _answers(self, _: Exception | None) -> None:
+        self._answered = True
 
     def _refused(self, frame: Frame) -> None:
         refusal = Refusal(frame)
@@ -233,6 +253,10 @@ class Session(BrokerSession):
             self.link.error = Lost(str(refusal))  # in case it hangs up, as it should
 
     def lost(self, error: Exception) -> None:
+        if not isinstance(error, QuintetError):  # the socket's own: whoever waits for a receipt is to get one of ours
+            error = Lost(str(error) or type(error).__name__)
+        if self._asking is not None:
+            self._asking.cancel()
         if not self._greeted.done():
             self._greeted.cancel()
         receipts, self._receipts = self._receipts, {}
@@ -480,8 +504,9 @@ class _Line:
         self.subscribed.pop(subscribed.id, None)
         session, subscribed.session = subscribed.session, None
         if session is not None and subscribed.headers is not None:
-            with contextlib.suppress(TransportError):  # gone, and the subscription with it
-                await session.request("UNSUBSCRIBE", {"id": subscribed.id})
+            with contextlib.suppress(TransportError, TimeoutError):  # gone, and the subscription with it
+                async with asyncio.timeout(UNSUBSCRIBE_SECONDS):
+                    await session.request("UNSUBSCRIBE", {"id": subscribed.id})
 
 
 # One channel that is served

@@ -83,10 +83,14 @@ class Parser:
                 if data[start] in b"\r\n":
                     start = _end(_EOLS, data, start)
                     continue
-                end, body = self._head(data, start)
-                if end < 0:
-                    break
-                command, headers = self._parse(data[start:end])
+                end = data.find(b"\n\n", start)
+                head, body = data[start:end], end + 2
+                if end < 0 or end - start > MAX_HEAD or b"\r" in head:  # else the usual case
+                    end, body = self._head(data, start)
+                    if end < 0:
+                        break
+                    head = data[start:end]
+                command, headers = self._parse(head)
                 stop = self._stop(data, start, body, headers.get("content-length"))
                 if stop < 0:
                     break
@@ -135,10 +139,22 @@ class Parser:
         except ValueError:
             raise ProtocolError(f"a header of a {command} has no colon") from None
         if "\\" in text and version in _TO_PLAIN and command not in GREETINGS:
-            for name, value in [item for item in headers.items() if "\\" in item[1] or "\\" in item[0]]:
-                del headers[name]
-                headers[_plain(name, version)] = _plain(value, version)
+            self._unescape(headers, [line for line in lines if "\\" in line])
         return command, headers
+
+    def _unescape(self, headers: dict[str, str], lines: list[str]) -> None:
+        """Puts what those lines mean into the headers, where they are the first of their names."""
+        plain: dict[str, str] = {}
+        for line in lines:
+            name, value = line.split(":", 1)
+            if headers[name] == value and name not in plain:
+                meant = value.replace("\\c", ":")
+                plain[name] = meant if "\\" not in meant else _plain(value, self.version)
+        for name, value in plain.items():
+            if "\\" in name:
+                del headers[name]
+                name = _plain(name, self.version)
+            headers[name] = value
 
     def _stop(self, data: bytes, start: int, body: int, length: str | None) -> int:
         """Where the NUL behind the body is; -1 where it has not come yet."""
@@ -150,7 +166,7 @@ class Parser:
             if stop < 0:
                 self._wait(body - start + most + 1, b"\0")
             return stop
-        if not _LENGTH.fullmatch(length):
+        if not (length.isdigit() and length.isascii() and len(length) < 19):
             raise ProtocolError(f"content-length {length[:40]!r} is no number of bytes")
         if (declared := int(length)) > most:
             raise ProtocolError(f"a body of {declared} bytes is declared, {most} are allowed")
