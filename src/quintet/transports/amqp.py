@@ -402,7 +402,7 @@ class Carrier(Transport):
         session = await self._publishing.ready(self.clock.now() + WITHIN)
         server = session.server
         found = [
-            Finding("broker", f"{server.get('product', '?')} {server.get('version', '?')}"),
+            Finding("version", f"{server.get('product', '?')} {server.get('version', '?')}"),
             Finding("cluster", str(server.get("cluster_name", "not told"))),
             Finding("agreed on", f"frames of {session.frame_max} bytes, a heart-beat each {session.heartbeat / 2:g} s"),
             Finding("takes messages", session.blocked or "yes", well=not session.blocked),
@@ -567,7 +567,7 @@ class _Publisher(Wire):
     def publish(self, message: Message, route: _Route, reply_to: str) -> asyncio.Future[None]:
         outlet = self.outlet
         data = self._content(message, route.confirmed, outlet.number, route.durable, reply_to)
-        return outlet.publish(data, message.id)
+        return outlet.send(data, message.id)
 
     def ask(self, message: Message, route: _Route) -> None:
         """Sends what is to be replied to: the broker puts in the address of our replies."""
@@ -595,7 +595,7 @@ class _Publisher(Wire):
         publish = amqp.publishing(outlet.number, exchange, key, mandatory=True)
         deadline = self.clock.to_wall(message.deadline)
         header = properties(message, durable=True, deadline=deadline, timestamp=int(self.clock.wall()), delay=delay)
-        return outlet.publish(amqp.content(publish, outlet.number, header, message.body, self.frame_max), message.id)
+        return outlet.send(amqp.content(publish, outlet.number, header, message.body, self.frame_max), message.id)
 
     def _content(self, message: Message, publish: bytes, number: int, durable: bool, reply_to: str = "") -> bytes:
         body, clock = message.body, self.clock

@@ -12,10 +12,10 @@ from typing import Any, Final, TypeVar
 from quintet.clock import Clock
 from quintet.connection import Link, Lost, Refused, Session
 from quintet.errors import ConnectionLost, Overloaded, ProtocolError, Safety, TransportError
-from quintet.message import Channel
+from quintet.message import Channel, Message
 from quintet.wire import amqp
 from quintet.wire.amqp import Confirm, Content, Method, Parser
-from quintet.wire.amqp_message import DELAYS, properties_of
+from quintet.wire.amqp_message import DELAYS, properties, properties_of
 from quintet.wire.amqp_topology import AGAIN, DEAD_QUEUE, EXCHANGE, EXCHANGES, Place, delay_queue
 from quintet.wire.names import DEAD
 
@@ -68,6 +68,14 @@ class Line:
         """Sends a method that has no answer."""
         if self.error is None:
             self.session.link.write(amqp.method(self.number, name, **fields))
+
+    def publish(self, exchange: str, routing_key: str, message: Message, *, mandatory: bool = False) -> None:
+        """Sends a message to wherever it is wanted. Nothing is said of what becomes of it."""
+        if self.error is None:
+            publish = amqp.publishing(self.number, exchange, routing_key, mandatory=mandatory)
+            header = properties(message, durable=message.channel.durable)
+            frames = amqp.content(publish, self.number, header, message.body, self.session.frame_max)
+            self.session.link.write(frames)
 
     def expect(self) -> asyncio.Future[Any]:
         """The next answer, in the order of what was asked."""
@@ -124,7 +132,7 @@ class Outlet(Line):
     async def begin(self) -> None:
         await self.call("confirm.select")
 
-    def publish(self, data: bytes, id: str) -> asyncio.Future[None]:  # noqa: A002 - the message's
+    def send(self, data: bytes, id: str) -> asyncio.Future[None]:  # noqa: A002 - the message's
         """Sends a message and gives what is done once the broker has it. That raises Unroutable where it was mandatory,
         Overloaded where it was refused, ConnectionLost where it may be there or not."""
         future: asyncio.Future[None] = self.session.loop.create_future()
