@@ -51,6 +51,7 @@ class Relay:
         self._watch = watch
         self._lanes: dict[str, asyncio.Task[None]] = {}
         self._more: set[str] = set()  # channels in which something came since they were read
+        self._failing: set[str] = set()  # channels whose last send failed
         self._in_work: dict[str, int] = {}
         self._woken = asyncio.Event()
         self._stopping = False
@@ -115,7 +116,8 @@ class Relay:
             self._woken.set()
             return
         self._more.add(channel)
-        if self._leads and channel not in self._lanes:
+        hopeless = self._stopping and channel in self._failing
+        if self._leads and channel not in self._lanes and not hopeless:
             # not in the context of the handler that woke us: its deadline is not the relay's
             context = self._context.copy()
             self._lanes[channel] = asyncio.get_running_loop().create_task(self._carry(channel), context=context)
@@ -166,21 +168,25 @@ class Relay:
                     if not rows and channel not in self._more:
                         return
                     error = await self._send(channel, rows, settled)
-                    if error is None and not self._stopping:
+                    self._failing.add(channel)
+                    if error is None:
+                        self._failing.discard(channel)
                         failures = 0
-                        continue
+                        if not self._stopping:
+                            continue
                     failures = 0 if settled.sent else failures
                     await self.box.turn(channel, settled, 0)  # what is done must not wait with what is not
                     settled = Settled()
                 except (TransportError, CallError) as gone:
                     error = gone
                     self._lost(gone)
+                failures += 1
+                if not self._stopping:
+                    level = logging.WARNING if failures == 1 else logging.DEBUG
+                    log.log(level, "%s waits in the outbox, and is tried again: %s", channel, error)
+                    await self._pause(AGAIN.wait(failures, self._clock.random.random()))
                 if self._stopping:
                     return
-                failures += 1
-                level = logging.WARNING if failures == 1 else logging.DEBUG
-                log.log(level, "%s waits in the outbox, and is tried again: %s", channel, error)
-                await self._pause(AGAIN.wait(failures, self._clock.random.random()))
         except Exception:
             log.exception("%s: an error in the relay; it goes on at the next look", channel)
         finally:

@@ -680,8 +680,13 @@ async def test_a_service_that_stops_sends_what_its_last_handlers_added_and_waits
 
 
 async def test_a_service_that_stops_does_not_wait_for_a_broker_that_is_away(broker: Broker, tmp_path: Path) -> None:
-    file = tmp_path / "shop.db"
-    broker.refuse(Unavailable("away"))
+    file, tries = tmp_path / "shop.db", list[str]()
+
+    def refuses(message: Message) -> Exception:
+        tries.append(message.id)
+        return Unavailable("away")
+
+    broker.refuses = refuses
     service = shop(f"sqlite:///{file}")
     clock = FakeClock()  # of which nobody moves the hands
     async with serve(service, at="memory://", clock=clock):
@@ -689,7 +694,7 @@ async def test_a_service_that_stops_does_not_wait_for_a_broker_that_is_away(brok
             service.outbox.add(mine, Shop.placed, "o-1", 1)
         while not any(when - clock.now() < 0.2 for when in clock.timers):  # it pauses
             await asyncio.sleep(0)
-    assert len(rows(file)) == 1
+    assert len(rows(file)) == len(tries) == 1
     assert not [when for when in clock.timers if when < 1001], "it left a timer behind"
 
 
