@@ -530,6 +530,19 @@ async def test_a_user_with_few_rights_sends_and_is_told_which_right_is_missing(b
                 await bench.got(receiver, 1)
                 with pytest.raises(TransportError, match=r"ACCESS_REFUSED .*give the user the right"):
                     await carrier.serve(bench.channel(durable=True), Receiver(), "")
+            every = r"^(quintet|check\.|amq\.default$)"
+            management(broker, "PUT", f"permissions/%2F/{name}", {"configure": every, "write": every, "read": every})
+            async with bench_at(address.replace("guest:guest@", f"{name}:x@")) as theirs:
+                carrier, own, failing = (
+                    await opened(theirs),
+                    theirs.channel(durable=True),
+                    Receiver(Again(0.02), Again(0)),
+                )
+                await theirs.serve(carrier, own, failing)
+                await theirs.send(carrier, own, b"1")
+                await theirs.got(failing, 3)
+                await carrier.send(theirs.message(Channel("nobody", temporary=True), b"a reply"))
+                await theirs.send(carrier, own, b"2")
     finally:
         management(broker, "DELETE", f"users/{name}")
 

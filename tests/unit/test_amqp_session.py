@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from quintet.message import Channel, Message
 from quintet.testing import FakeClock
 from quintet.transport import open_address
 from quintet.transports.amqp import Publish, Queue
-from quintet.wire import amqp
+from quintet.wire import amqp, amqp_message, amqp_topology
 from quintet.wire.amqp import Confirm, Method, Parser
 from quintet.wire.amqp_message import properties
 from quintet.wire.amqp_session import Closed, Line, Outlet, Unroutable, Wire
@@ -342,3 +343,11 @@ def test_objects_show_themselves() -> None:
         assert isinstance(line, Line)
 
     asyncio.run(look())
+
+
+def test_the_docs_show_the_tables_as_they_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "amqp.md").read_text()
+    for module in (amqp_topology, amqp_message):
+        rows = [line for line in (module.__doc__ or "").splitlines() if line.startswith("|")]
+        assert rows
+        assert [row for row in rows if row not in page] == []
