@@ -68,6 +68,12 @@ PORT, LOOKUP_PORT = 4150, 4161
 HEARTBEAT = 5.0  # seconds between nsqd's signs of life, unless ?heartbeat= says otherwise
 MSG_TIMEOUT = 5.0  # seconds after which nsqd gives a delivery to another when this process has died
 REPLIES_IN_FLIGHT = 1000
+ACCEPTED_STEP = 256
+SYNC_MARGIN = 0.15  # seconds by which a topic may lag behind what it accepted
+ACCEPTED_SECONDS, ACCEPTED_BYTES = (
+    2.0 + SYNC_MARGIN,
+    4 << 20,
+)  # of what was accepted; nsqd's --sync-timeout is 2 s by default
 LARGEST = 1 << 20  # bytes of a message: nsqd's default, where neither ?largest= nor nsqd tells
 REMEMBERED = 25_000  # ids of settled messages, per generation: nsqd repeats some after a kill
 POLL = 15.0  # seconds between two questions to the lookup daemons, by chance a fifth more or less
@@ -162,6 +168,7 @@ class _Tap(User):
         self._ready = -1  # RDY as nsqd has it
         self._patience = math.inf  # seconds that nsqd lets a message be in flight, however often it is touched
         self._stale = 0  # in flight here since an earlier session
+        self._leaked = 0  # in flight for ever, as nsqd counts: it cannot take one from that count which it had twice
         self._settled: set[bytes] = set()  # nsqd repeats what it had in flight, and after a kill some that was done
         self._settled_before: set[bytes] = set()
         self._lost_at: float | None = None  # when an earlier session was lost
@@ -183,7 +190,7 @@ class _Tap(User):
         if not serving.channel.temporary:
             self._suspect = max(self._suspect, await self._restarted())
             self._first = max(self._since, self._suspect)
-        self.session, self._stale, self._ready = session, len(self.inflight), -1
+        self.session, self._stale, self._leaked, self._ready = session, len(self.inflight), 0, -1
         self._patience = session.limits.max_msg_timeout / 1000
         self.allow()
         if serving.begins_empty and (self._marked is None or not self._marked.done()):
@@ -232,7 +239,8 @@ class _Tap(User):
         know to be in flight any more still does."""
         session = self.session
         if session is not None and not self._leaving:
-            ready = min(max(0, self._serving.share() + self.held - self._stale), session.limits.max_rdy_count)
+            ready = max(0, self._serving.share() + self.held - self._stale) + self._leaked
+            ready = min(ready, session.limits.max_rdy_count)
             if ready != self._ready:
                 self._ready = ready
                 session.write(wire.rdy(ready))
@@ -249,6 +257,8 @@ class _Tap(User):
             if known.session is not session:
                 known.session = session
                 self._freshen()
+            else:
+                self._leak()
             return
         delivery.tap, delivery.session = self, session
         self.inflight[message] = delivery
@@ -295,6 +305,16 @@ class _Tap(User):
             return False
         session.write(wire.req(delivery.id, max(0, round(after * 1000))))
         return True
+
+    def failed(self, failure: wire.Failure) -> None:
+        if failure.code != "E_TOUCH_FAILED":
+            self._leak()
+
+    def _leak(self) -> None:
+        """nsqd may have a message twice after a kill. While one of the two is in flight it counts the other as well,
+        for ever. So many are allowed on top, or it would hand out less and less, and in the end nothing."""
+        self._leaked += 1
+        self.allow()
 
     def _freshen(self) -> None:
         """One that was in flight since an earlier session is so no more."""
@@ -769,15 +789,61 @@ async def _fetch(url: str, kind: type[K], seconds: float = HTTP_SECONDS) -> K:
 class _Publishing(User):
     """The session that everything is sent by."""
 
-    def __init__(self) -> None:
+    def __init__(self, carrier: Carrier) -> None:
         self.session: NSQ | None = None
+        self.accepted = _Accepted(carrier.clock)
+        self._carrier = carrier
+        self._lost_at = 0.0  # by the wall clock
+        self._lost_host: Host | None = None
+        self._uncertain: list[_Sent] = []  # what the nsqd that was lost had accepted
 
     async def begin(self, session: NSQ) -> None:
         self.session = session
+        uncertain, self._uncertain = self._uncertain, []
+        if uncertain:
+            # one that lived on has lost nothing
+            started = await self._carrier.started(session.host) if session.host == self._lost_host else None
+            if started is None or started >= math.floor(self._lost_at):
+                self._carrier.keep(self._carrier.send_again(uncertain))
 
     def gone(self, session: NSQ) -> None:
         if self.session is session:
-            self.session = None
+            self.session, self._lost_host = None, session.host
+            self._lost_at = self._carrier.clock.wall()
+            self._uncertain += self.accepted.take()
+
+
+class _Sent(Struct, frozen=True):
+    """What nsqd accepted, and when, by the monotonic clock."""
+
+    at: float
+    topic: str
+    channel: str
+    body: bytes
+
+
+class _Accepted:
+    """What nsqd accepted in the last moments. A kill may lose it, though it said OK: what it has read and where its
+    queues stand it writes down only from time to time. Then it is sent once more, as a repeat."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._kept: deque[_Sent] = deque()
+        self._size = 0
+
+    def keep(self, topic: str, channel: str, body: bytes) -> None:
+        now, kept = self._clock.now(), self._kept
+        kept.append(_Sent(now, topic, channel, body))
+        self._size += len(body)
+        while self._size > ACCEPTED_BYTES or kept[0].at < now - ACCEPTED_SECONDS:
+            self._size -= len(kept.popleft().body)
+
+    def take(self) -> list[_Sent]:
+        """All of it; it is kept no longer."""
+        taken = list(self._kept)
+        self._kept.clear()
+        self._size = 0
+        return taken
 
 
 class Carrier(Transport):
@@ -825,7 +891,7 @@ class Carrier(Transport):
         self.hosts: list[Host] = [(host or "127.0.0.1", port or PORT) for host, port in address.hosts]
         self._https: dict[Host, str] = _https(address, self.hosts)
         self._guesses: dict[Host, tuple[asyncio.Task[None], float]] = {}  # where HTTP may be, and when that was asked
-        self._publishing = _Publishing()
+        self._publishing = _Publishing(self)
         self._connection: _Line | None = None
         self._closing = False
         self._servings: list[_Serving] = []
@@ -850,7 +916,7 @@ class Carrier(Transport):
         self._connection = connection = Connection(
             self.address,
             PORT,
-            lambda link: NSQ(link, connection.host[0], self._profile, self._publishing),
+            lambda link: NSQ(link, connection.host, self._profile, self._publishing),
             self.clock,
             self.told(self._publishing),
             hosts=tuple(self.hosts),
@@ -902,21 +968,23 @@ class Carrier(Transport):
     async def send(self, message: Message) -> None:
         channel = message.channel
         session = await self._session(message.deadline if message.until is None else message.until)
-        topic = topic_of(channel)
+        topic, waits_in = topic_of(channel), "" if channel.fanout else WORK
         if topic not in session.declared and (channel.fanout or not channel.temporary):
-            await self._once(session, topic, self._prepare(topic, channel.fanout))
+            await self._once(session, topic, self._prepare(topic, waits_in))
         deadline = None if message.deadline is None else self.clock.to_wall(message.deadline)
         if message.native and (defer := native_of(message.native, Publish, _PUBLISH).defer):
             body = wire.pack(message, deadline, self.clock.wall() + defer)
             await self._fits(body)
             await session.ask(wire.dpub(topic, round(defer * 1000), body))
-            return
-        body = wire.pack(message, deadline)
-        if len(body) > self._largest:
-            await self._fits(body)
-        if session.link.full:
-            await self._room(session)
-        await session.publish(topic, body)
+        else:
+            body = wire.pack(message, deadline)
+            if len(body) > self._largest:
+                await self._fits(body)
+            if session.link.full:
+                await self._room(session)
+            await session.publish(topic, body)
+        if channel.durable:
+            self._publishing.accepted.keep(topic, waits_in, body)
 
     async def _session(self, until: float | None) -> NSQ:
         connection = self._connection
@@ -951,22 +1019,39 @@ class Carrier(Transport):
         return self._connection.host
 
     async def insist(self, topic: str, channel: str, body: bytes) -> None:
-        """Sends a copy until it is accepted, for nobody else has the message. Raises CallError where that is in vain:
-        it is refused, or this transport is closed."""
+        """Sends a copy until it is accepted, for nobody else has it. `channel` is where it waits, "" where each
+        group has its own. Raises CallError where that is in vain: it is refused, or this transport is closed."""
         if len(body) > self._largest:
             await self._fits(body)
         while True:
             session = await self._session(None)
             try:
                 if topic not in session.declared:
-                    await self._once(session, topic, self._declare_channel(self._host(), topic, channel))
+                    await self._once(session, topic, self._declare(self._host(), topic, channel))
                 await session.publish(topic, body)
             except TooLarge:
                 raise
             except CallError:
                 await self.clock.sleep(INSIST_PAUSE)
             else:
+                self._publishing.accepted.keep(topic, channel, body)
                 return
+
+    async def send_again(self, uncertain: list[_Sent]) -> None:
+        """What an nsqd had accepted right before it was lost, as far as it may not have written it down by then."""
+        seconds = await self._unsynced()
+        some = [one for one in uncertain if one.at >= uncertain[-1].at - seconds]
+        for start in range(0, len(some), ACCEPTED_STEP):
+            step = some[start : start + ACCEPTED_STEP]
+            await asyncio.gather(*(self.insist(one.topic, one.channel, wire.repeat(one.body)) for one in step))
+
+    async def _unsynced(self) -> float:
+        """Seconds for which nsqd does not write down where its queues stand, and some for good measure."""
+        base = await self.http_of(self._host())
+        if base is not None:
+            with contextlib.suppress(TransportError, ValueError):
+                return int(await _http(f"{base}/config/sync_timeout")) / 1e9 + SYNC_MARGIN
+        return ACCEPTED_SECONDS
 
     def keep(self, work: Coroutine[Any, Any, None]) -> None:
         """Does it in the background, at most until this transport is closed."""
@@ -981,13 +1066,10 @@ class Carrier(Transport):
 
     # Topics
 
-    async def _prepare(self, topic: str, fanout: bool) -> None:
+    async def _prepare(self, topic: str, channel: str) -> None:
         """Before the first message to a topic: it must not get lost, nor be kept for a group that comes later."""
         host = self._host()
-        if fanout:
-            await self._declare_nobody(host, topic)
-        else:
-            await self._declare_channel(host, topic, WORK)
+        await self._declare(host, topic, channel)
         if host in self._https:
             with contextlib.suppress(TransportError):  # who sends does not suffer from who watches
                 await self._show(host, topic)
@@ -998,7 +1080,7 @@ class Carrier(Transport):
             for channel in tails.channels or ():
                 number, _, prefix = channel.channel_name.removesuffix(TEMPORARY).partition(".")
                 if channel.client_count and topic.startswith(prefix):
-                    await self._declare_channel(host, topic, _tail_channel(number))
+                    await self._declare(host, topic, _tail_channel(number))
 
     async def _once(self, session: NSQ, topic: str, work: Coroutine[Any, Any, None]) -> None:
         """All senders of a topic wait for the first. Raises Unavailable: nothing was sent."""
@@ -1019,7 +1101,10 @@ class Carrier(Transport):
         except TransportError as error:
             raise Unavailable(f"not sent: topic {topic} could not be made: {error}") from error
 
-    async def _declare_channel(self, host: Host, topic: str, channel: str) -> None:
+    async def _declare(self, host: Host, topic: str, channel: str) -> None:
+        if not channel:
+            await self._declare_nobody(host, topic)
+            return
         connection = self.connect(host, _Declaring(topic, channel))
         try:
             await connection.open()
@@ -1037,7 +1122,7 @@ class Carrier(Transport):
         profile = structs.replace(
             self._profile, msg_timeout=options.msg_timeout or MSG_TIMEOUT, sample_rate=options.sample_rate
         )
-        make = functools.partial(NSQ, host=host[0], profile=profile, user=user)
+        make = functools.partial(NSQ, host=host, profile=profile, user=user)
         return Connection(self.address, PORT, make, self.clock, tell, hosts=(host,))
 
     # Serving
@@ -1254,7 +1339,7 @@ class Carrier(Transport):
     async def _send_to(self, topic: str, message: Message) -> None:
         session = await self._session(None)
         if topic not in session.declared:
-            await self._once(session, topic, self._declare_channel(self._host(), topic, WORK))
+            await self._once(session, topic, self._declare(self._host(), topic, WORK))
         await session.publish(topic, wire.pack(message))
 
     async def _read_letters(self, finished: Callable[[DeadLetter, Message], Awaitable[bool]]) -> None:

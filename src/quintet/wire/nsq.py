@@ -354,6 +354,13 @@ def unpack(arrived: Arrived, channel: Channel) -> tuple[Message, float | None]:
     ), deadline
 
 
+def repeat(body: bytes) -> bytes:
+    """The body of one of our messages as that of its next attempt."""
+    payload, headers = _open(body)
+    headers[ATTEMPT] = str(int(_number(headers.get(ATTEMPT, "")) or 1) + 1)
+    return b"%b%b\n%b" % (ENVELOPE, _encode(headers), payload)
+
+
 def not_before(body: bytes) -> float | None:
     """Of a deferred message, in seconds of the wall clock."""
     return _number(_open(body)[1].get(NOT_BEFORE, ""))

@@ -50,6 +50,9 @@ class User:
     def arrived(self, delivery: Delivery) -> None:
         """A message was pushed."""
 
+    def failed(self, failure: nsq.Failure) -> None:
+        """nsqd could not do a FIN, REQ or TOUCH: it does not have that message in flight for us."""
+
     def gone(self, session: NSQ) -> None:
         """The session is lost."""
 
@@ -72,12 +75,12 @@ class NSQ(Session):
     `write` is for those that it does not answer (TOUCH, FIN, REQ, RDY, NOP), `limits` is what nsqd said of itself.
     """
 
-    def __init__(self, link: Link, host: str, profile: Profile, user: User) -> None:
+    def __init__(self, link: Link, host: tuple[str, int], profile: Profile, user: User) -> None:
         super().__init__(link)
         self.limits = Limits()
         self.write: Callable[[bytes], None] = link.write
         self.declared: set[str] = set()  # topics that are known to keep what is sent to them
-        self._host = host
+        self.host = host
         self._profile = profile
         self._user = user
         self._loop = asyncio.get_running_loop()
@@ -91,7 +94,8 @@ class NSQ(Session):
         self._over: Exception | None = None
 
     def __repr__(self) -> str:
-        return f"<connection to nsqd {self.limits.version} at {self._host}, {len(self._asked)} answers due>"
+        host, port = self.host
+        return f"<connection to nsqd {self.limits.version} at {host}:{port}, {len(self._asked)} answers due>"
 
     # Sending
 
@@ -171,7 +175,7 @@ class NSQ(Session):
                 raise ProtocolError(f"nsqd answered to IDENTIFY with {said[:100]!r}, which is no JSON") from None
             if profile.secured is not None:
                 self._insist(self.limits.tls_v1, "TLS", "start it with --tls-cert and --tls-key, or take ?tls=off")
-                await self.link.secure(profile.secured, self._host)
+                await self.link.secure(profile.secured, self.host[0])
                 await self._step()
             if compression:
                 self._insist(getattr(self.limits, compression), compression, f"leave ?{compression}=on away")
@@ -190,11 +194,11 @@ class NSQ(Session):
         except ConnectionLost:
             raise
         except CallError as error:
-            raise Refused(f"nsqd at {self._host} refuses: {error}") from error
+            raise Refused(f"nsqd at {self.host[0]}:{self.host[1]} refuses: {error}") from error
 
     def _insist(self, offered: bool, what: str, instead: str) -> None:
         if not offered:
-            raise Refused(f"nsqd at {self._host} does not offer {what}: {instead}")
+            raise Refused(f"nsqd at {self.host[0]}:{self.host[1]} does not offer {what}: {instead}")
 
     async def _step(self, command: bytes = b"") -> bytes:
         """The next answer; what comes behind it is kept until it is known how to read it."""
@@ -242,7 +246,10 @@ class NSQ(Session):
                 for future in self._next():
                     if not future.done():
                         future.set_result(event.body)
-            elif type(event) is nsq.Failure and not event.unasked:
+            elif type(event) is nsq.Failure:
+                if event.unasked:
+                    self._user.failed(event)
+                    continue
                 self._denied = error = refusal(event)
                 for future in self._next():
                     if not future.done():
