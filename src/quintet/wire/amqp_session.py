@@ -421,9 +421,9 @@ class Wire(Session):
             line.answer(event)
 
     def lost(self, error: Exception) -> None:
-        self.error = error
+        self.error = error if isinstance(error, TransportError) else Lost(str(error) or type(error).__name__)
         for line in list(self.lines.values()):
-            line.end(error)
+            line.end(self.error)
         self._block("")
 
     async def farewell(self) -> None:
