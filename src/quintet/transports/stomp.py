@@ -41,7 +41,6 @@ from quintet.wire.stomp_message import (
     DIALECTS,
     GONE,
     MARK,
-    REPLIES,
     TEMPORARY,
     Dialect,
     crashes,
@@ -420,7 +419,8 @@ class Session(BrokerSession):
             return False
         if self._scheduler is None:
             known = self._scheduler = self._loop.create_future()
-            probe = _Subscribed("probe", {"destination": f"{REPLIES}probe", "ack": "auto"})
+            where = {"destination": f"{self.dialect.replies}probe"}
+            probe = _Subscribed("probe", where | {"ack": "auto"})
 
             def heard(_: Session, frame: Frame) -> None:
                 if not known.done():
@@ -430,7 +430,7 @@ class Session(BrokerSession):
             probe.heard = heard
             self._line.subscribed[probe.id] = probe
             await self.subscribe(probe)
-            self.link.write(encode(self.version, "SEND", {"destination": f"{REPLIES}probe", DELAY: "1"}))
+            self.link.write(encode(self.version, "SEND", where | {DELAY: "1"}))
         return await asyncio.shield(self._scheduler)
 
 
@@ -828,7 +828,7 @@ class Carrier(Transport):
             )
         number = str(next(self._numbers))
         if channel.replies:
-            place = self._replies[channel.name] = f"{REPLIES}{number}"
+            place = self._replies[channel.name] = f"{dialect.replies}{number}"
             headers = {"destination": place, "ack": "auto"}
             line = self._out
             subscribed = _Subscribed(number, headers) if dialect.replies_subscribed else _Subscribed(place, None)

@@ -6,13 +6,14 @@ A field travels as the header that STOMP or the broker has for it, or as one of 
 |------------------|--------------------------------------------------------------------------------------------|
 | `id`             | quintet-id; where its sender gave none, the broker's message-id                            |
 | `media_type`     | content-type                                                                               |
+| `operation`      | type                                                                                       |
 | `correlation_id` | correlation-id                                                                             |
 | `reply_to`       | reply-to, a destination; `/topic/NAME` is the temporary channel NAME                       |
 | `deadline`       | quintet-deadline, seconds since 1970; on channels that are not durable what makes the      |
 |                  | broker drop it: expires, milliseconds since 1970 (RabbitMQ: also expiration, from now)     |
 | `attempt`        | quintet-attempt, left out where it is 1                                                    |
 | `key`            | quintet-key; on keyed channels of ActiveMQ beside it JMSXGroupID, which it shows nobody    |
-| `operation`, `sender`, `version`, `status` | quintet-operation and so on                                      |
+| `sender`, `version`, `status` | quintet-sender, quintet-version, quintet-status                               |
 | `headers`        | each under its own name; where that means something here, behind quintet-header-           |
 
 Beside them: persistent (true where the channel is durable), priority (of `Publish(priority=)`), content-length always.
@@ -40,7 +41,6 @@ GONE: Final = "quintet-dead-temporary"
 
 USERS: Final = "quintet-header-"
 TEMPORARY: Final = "/topic/"
-REPLIES: Final = "/temp-queue/"
 
 _OWN: Final = frozenset({*FIELDS.values(), ATTEMPT, DEADLINE, CRASHED, MARK, "correlation-id", "reply-to", MEDIA_TYPE})
 _STOMPS: Final = frozenset(
@@ -64,7 +64,7 @@ TAKEN: Final = _OWN | _STOMPS | _BROKERS
 _WAITS: Final = [step * 10**power for power in range(6) for step in (10, 15, 20, 30, 50, 70)] + [10_000_000]
 """Milliseconds that the queues of delayed messages hold theirs: a queue for each, so there are not too many."""
 
-_ID, _OPERATION, _SENDER, _VERSION, _KEY, _, _, _STATUS = FIELDS.values()
+_ID, _, _SENDER, _VERSION, _KEY, _, _, _STATUS = FIELDS.values()
 
 
 class Dialect(Struct, frozen=True, kw_only=True):
@@ -98,8 +98,10 @@ class Dialect(Struct, frozen=True, kw_only=True):
     """The header that tells how many milliseconds a message lives; without it `expires` tells until when."""
     transactions: bool
     """SEND and ACK take effect together, and many of them for the price of one."""
+    replies: str
+    """The temporary destination for replies, with a name of ours behind it."""
     replies_subscribed: bool
-    """A temporary queue for replies is subscribed to; else a SEND that names it as its reply-to does that."""
+    """It is subscribed to; else a SEND that names it as its reply-to does that."""
     unsubscribe_returns: bool
     """UNSUBSCRIBE gives back what was delivered and not acknowledged; else only the end of the connection does."""
     selectors: bool
@@ -121,6 +123,7 @@ DIALECTS: Final = {
             exclusive={"activemq.exclusive": "true"},
             key="JMSXGroupID",
             transactions=True,
+            replies="/temp-topic/",  # costs the broker less than a queue
             replies_subscribed=True,
             unsubscribe_returns=True,
             selectors=True,
@@ -139,6 +142,7 @@ DIALECTS: Final = {
             exclusive_sent=True,
             expiration="expiration",
             transactions=False,
+            replies="/temp-queue/",
             replies_subscribed=False,
             unsubscribe_returns=False,
             selectors=False,
@@ -201,7 +205,7 @@ def headers_of(message: Message, dialect: Dialect, clock: Clock, *, durable: boo
     if message.media_type:
         headers[MEDIA_TYPE] = message.media_type
     if message.operation:
-        headers[_OPERATION] = message.operation
+        headers["type"] = message.operation
     if message.sender:
         headers[_SENDER] = message.sender
     if message.version:
@@ -238,7 +242,7 @@ def message_of(headers: Mapping[str, str], body: bytes, channel: Channel, clock:
         channel=channel,
         body=body,
         id=get(_ID) or get("amqp-message-id") or get("message-id", ""),
-        operation=get(_OPERATION, ""),
+        operation=get("type", ""),
         sender=get(_SENDER, ""),
         media_type=get(MEDIA_TYPE, ""),
         version=get(_VERSION, ""),
