@@ -115,7 +115,7 @@ class Transport(ABC):
 
     traits: ClassVar[frozenset[Trait]]
     binding: ClassVar[str] = "body"  # the file in bindings/ that turns values into this transport's messages
-    options: ClassVar[frozenset[str]] = frozenset()  # what an address may carry behind the "?"; "x.*" is any that begins so
+    options: ClassVar[frozenset[str]] = frozenset()  # the names an address may carry behind the "?"; "x.*": any "x."
     variants: ClassVar[frozenset[str]] = frozenset()  # what may stand behind the "+" of its scheme
 
     def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
