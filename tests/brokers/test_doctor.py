@@ -1,0 +1,99 @@
+"""`quintet doctor` on the real thing: what is well, and each thing that is not in one sentence."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from commands import quintet
+from subjects import BROKERS
+
+SCHEMES = {"rabbitmq": "amqp", "activemq": "stomp", "kafka": "kafka", "nsq": "nsq"}
+NO_ANSWER, REFUSED = 4, 5
+ENDS_WITHIN = 15.0
+
+
+def refused(address: str, code: int) -> str:
+    """The one sentence that it ends with."""
+    done = quintet("doctor", "--at", address, within=ENDS_WITHIN)
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    assert done.stdout == ""
+    assert re.fullmatch(r"quintet: \S.*\n", done.stderr), done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("name", BROKERS)
+def test_it_says_what_is_there_and_what_would_not_work(name: str, broker: Callable[[str], Any]) -> None:
+    done = quintet("doctor", "--at", broker(name)["address"], within=ENDS_WITHIN)
+    assert (done.returncode, done.stderr) == (0, "")
+    version = ".".join(broker(name)["version"].split(".")[:2])  # Kafka tells no more
+    assert re.search(rf"^  (version|broker): .*\b{re.escape(version)}", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^  reached: in \d+ ms$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  round trip: a message to itself took [\d.]+ ms$", done.stdout, re.MULTILINE), done.stdout
+    assert "  carries: request/response, notification" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["rabbitmq", "activemq", "kafka"])
+def test_a_wrong_password_is_refused_and_not_shown(name: str, broker: Callable[[str], Any]) -> None:
+    address = broker(name)["sasl" if name == "kafka" else "address"]
+    user = "guest" if name == "rabbitmq" else "quintet"
+    said = refused(address.replace(f"{user}:{user}@", f"{user}:s3cr3t@"), REFUSED)
+    assert "s3cr3t" not in said
+    assert user in said or "password" in said.lower() or "authenticat" in said.lower()
+
+
+def test_a_virtual_host_that_there_is_not_is_refused(broker: Callable[[str], Any]) -> None:
+    assert "nowhere" in refused(f"{broker('rabbitmq')['address']}/nowhere", REFUSED)
+
+
+@pytest.mark.parametrize("name", BROKERS)
+def test_where_nobody_listens_it_says_so(name: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+    assert f"127.0.0.1:{port}" in refused(f"{SCHEMES[name]}://127.0.0.1:{port}", NO_ANSWER)
+
+
+@pytest.fixture
+def stranger() -> Iterator[Callable[[bytes], int]]:
+    """`stranger(b"...")`: the port of a server that says this to whoever connects, whatever it hears."""
+    servers: list[socket.socket] = []
+
+    def stand(words: bytes) -> int:
+        server = socket.create_server(("127.0.0.1", 0))
+        servers.append(server)
+
+        def answer() -> None:
+            held = []
+            while True:
+                try:
+                    client, _ = server.accept()
+                except OSError:
+                    break
+                client.sendall(words)
+                held.append(client)
+            for client in held:
+                client.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        port: int = server.getsockname()[1]
+        return port
+
+    yield stand
+    for server in servers:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+@pytest.mark.parametrize(
+    "words", [b"", b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"], ids=["silent", "http"]
+)
+@pytest.mark.parametrize("name", BROKERS)
+def test_where_something_else_listens_it_says_so(name: str, words: bytes, stranger: Callable[[bytes], int]) -> None:
+    address = f"{SCHEMES[name]}://127.0.0.1:{stranger(words)}"
+    done = quintet("doctor", "--at", address, within=ENDS_WITHIN)
+    assert done.returncode in (NO_ANSWER, REFUSED)
+    assert re.fullmatch(r"quintet: \S.*\n", done.stderr), done.stderr
