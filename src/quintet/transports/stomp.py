@@ -205,7 +205,7 @@ class Session(BrokerSession):
             self.link.beat(self.beats[0] / 2, BEAT)  # brokers allow no delay on the way
         if carrier.heartbeat:
             self.link.expect(max(self.beats[1], carrier.heartbeat) * SILENT_BEATS)
-            self._ask()
+            self._ask_later()
         for subscribed in list(self._line.subscribed.values()):
             await self.subscribe(subscribed)
 
@@ -228,11 +228,14 @@ class Session(BrokerSession):
                 self._greeted.set_result(frame)
         return whole or self.link.full  # while we send at length the broker has nothing to answer
 
+    def _ask_later(self) -> None:
+        clock = self._line.carrier.clock
+        self._asking = clock.call_at(clock.now() + self._line.carrier.heartbeat, self._ask)
+
     def _ask(self) -> None:
         """Has the broker answer something: a connection that brings a byte now and then would pass for a live one, as
         a heart-beat is no more than that."""
-        clock, every = self._line.carrier.clock, self._line.carrier.heartbeat
-        self._asking = clock.call_at(clock.now() + every, self._ask)
+        self._ask_later()
         if self._answered:
             self._answered = False
             receipt = self._receipt(self._answers)
