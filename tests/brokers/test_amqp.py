@@ -21,12 +21,12 @@ from running import Broker, Entry
 
 from quintet import Contract, Policy, Redelivery, Service, connect, current, event, notification, request, serve
 from quintet.connection import Refused
-from quintet.errors import ChannelFull, ConnectionLost, TransportError, Unavailable
+from quintet.errors import ChannelFull, ConnectionLost, InvalidMessage, TransportError, Unavailable
 from quintet.message import Channel, Message, new_id
 from quintet.replies import Replies
 from quintet.testing import CHECKS, Bench, Check, skips
 from quintet.testing.bench import Receiver
-from quintet.transport import DONE, Again, Verdict, open_address
+from quintet.transport import DONE, Again, Dead, Verdict, open_address
 from quintet.transports.amqp import Carrier, Publish, Queue
 
 Brokers = Callable[[str], Entry]
@@ -54,11 +54,20 @@ def management(broker: Brokers, method: str, path: str, body: object = None) -> 
 
 @pytest.fixture(scope="module", autouse=True)
 def swept(broker: Brokers) -> Iterator[None]:
-    """Leaves no queue of ours behind."""
+    """Leaves no queue and no dead letter of ours behind."""
     yield
-    for queue in management(broker, "GET", "queues/%2F?columns=name"):
-        if queue["name"].startswith(("check.", "check-")):
-            management(broker, "DELETE", f"queues/%2F/{quote(queue['name'], safe='')}")
+    run = new_id().partition("-")[0]  # of this process: all names of its benches have it
+    names = [queue["name"] for queue in management(broker, "GET", "queues/%2F?columns=name")]
+    ours = [name for name in names if run in name or name.startswith("check-orders.")]
+    for name in ours:
+        management(broker, "DELETE", f"queues/%2F/{quote(name, safe='')}")
+    asyncio.run(drop_letters(str(broker("rabbitmq")["address"]), run))
+
+
+async def drop_letters(address: str, run: str) -> None:
+    async with bench_at(address) as bench:
+        carrier = await opened(bench)
+        await carrier.drop([letter.id for letter in await carrier.dead() if run in letter.channel])
 
 
 @pytest.fixture
@@ -639,3 +648,44 @@ async def test_a_poison_message_is_dead_after_its_attempts_with_their_times_and_
         assert attempts == [1, 2, 3, 1]
         assert await carrier.dead("check-orders.v1.place") == []
         await carrier.close()
+
+
+async def test_what_does_not_last_may_wait_too(address: str) -> None:
+    async with bench_at(address) as bench:
+        carrier, channel, receiver = await opened(bench), bench.channel(), Receiver(Again(0.05))
+        await bench.serve(carrier, channel, receiver)
+        await bench.send(await opened(bench), channel, b"1")
+        await bench.got(receiver, 2)
+        assert [message.attempt for message in receiver.messages] == [1, 2]
+
+
+async def test_a_dead_letter_whose_reason_or_headers_cannot_be_written_is_kept_without_them(address: str) -> None:
+    async with bench_at(address) as bench:
+        carrier, channel, receiver = await opened(bench), bench.channel(durable=True), Receiver(Dead("no \udcff file"))
+        await bench.serve(carrier, channel, receiver)
+        await bench.send(carrier, channel, b"1", headers={"x-large": "x" * 120_000})
+        async with asyncio.timeout(WITHIN):
+            while not (letters := await carrier.dead(channel.name)):
+                await asyncio.sleep(0.05)
+        assert (letters[0].reason, letters[0].message.body, letters[0].message.headers.get("x-large")) == (
+            "no ? file",
+            b"1",
+            None,
+        )
+        assert await carrier.drop([letters[0].id]) == 1
+        with pytest.raises(InvalidMessage, match="headers have 140"):
+            await bench.send(carrier, channel, b"2", headers={"x-large": "x" * 140_000})
+        await bench.send(carrier, channel, b"3")
+        await bench.got(receiver, 2)
+
+
+async def test_replies_may_be_listened_to_again(address: str) -> None:
+    async with bench_at(address) as bench:
+        carrier = await opened(bench)
+        before = carrier.native
+        for _ in range(2):
+            replies = Replies(carrier, "test")
+            await replies.open()
+            await replies.close()
+        await bench.send(carrier, bench.channel(durable=True), b"1")
+        assert carrier.native is before

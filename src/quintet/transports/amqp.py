@@ -48,7 +48,7 @@ from quintet.wire.amqp_topology import (
     place_of,
     wait,
 )
-from quintet.wire.names import DEAD
+from quintet.wire.names import DEAD, PREFIX
 
 __all__ = ["Carrier", "Publish", "Queue"]
 
@@ -168,8 +168,11 @@ class Carrier(Transport):
         """Takes replies by RabbitMQ's direct reply-to, which needs no queue."""
         session = await self._publishing.ready(self.clock.now() + WITHIN)
         self.replies[channel.name] = arrived
-        if len(self.replies) == 1:
+        try:
             await session.await_replies()
+        except TransportError:
+            if session.error is None:
+                raise  # else the next session does it
         return _Listening(self, channel.name)
 
     # sending
@@ -199,19 +202,22 @@ class Carrier(Transport):
         while True:
             session = await self._writable(message)
             try:
-                return session, await session.route(message.channel)
+                route = await session.route(message.channel)
             except Closed as error:
                 raise Unavailable(_sentence(self.address, message.channel.name, error)) from error
             except TransportError as error:
                 if session.error is None:
                     raise Unavailable(f"{self.address}: not sent, {error}") from error
+            else:
+                if session.error is None:
+                    return session, route
 
     async def store(
         self, exchange: str, key: str, message: Message, wanted: Callable[[], bool], *, delay: int = 0
     ) -> bool:
         """Publishes a copy until the broker has it: at least once. False where it is no longer wanted, or where no
         queue takes it although all that can be declared is."""
-        pause, laid = AGAIN_FIRST, False
+        pause, laid, bare = AGAIN_FIRST, False, False
         while wanted():
             try:
                 session = await self._publishing.ready(self.clock.now() + WITHIN)
@@ -227,6 +233,10 @@ class Carrier(Transport):
                     return False
                 laid = True
                 session.forget()
+            except (InvalidMessage, UnicodeEncodeError):
+                if bare:
+                    return False
+                message, bare = _bare(message), True
             except (CallError, TransportError):
                 await self.clock.sleep(pause)
                 pause = min(pause * 2, AGAIN_LONGEST)
@@ -498,6 +508,7 @@ class _Publisher(Wire):
         """By correlation, where its reply is waited for: requests that have none yet."""
         self._routing: dict[Channel, asyncio.Task[_Route]] = {}
         self._replying: dict[str, bytes] = {}  # by where to
+        self._listens = False
 
     async def greet(self) -> None:
         await super().greet()
@@ -518,6 +529,9 @@ class _Publisher(Wire):
         self.link.drop(Lost(f"the broker closed the AMQP channel to publish on: {error}"))
 
     async def await_replies(self) -> None:
+        if self._listens:
+            return
+        self._listens = True
         for line in (self.plain, self.outlet):  # replies come to the AMQP channel that the request went out on
             tag = self.tag()
             self.consumers[tag.encode()] = self._replied
@@ -860,6 +874,8 @@ class _Serving(_Held):
         self._queue = place.queue
         try:
             await wire.lay_exchange(EXCHANGE)
+            if not channel.temporary:
+                await wire.lay_dead()  # and with it what leads back to its queue
             await wire.lay(place, channel)
             await self.consume(wire, place.queue, self._take, self._prefetch, arguments=place.consumer)
         except Closed as error:
@@ -1005,6 +1021,16 @@ class _Tail(_Held):
 
 def _fresh(message: Message) -> Message:
     return structs.replace(message, headers=dict(message.headers))
+
+
+def _bare(message: Message) -> Message:
+    """A message whose headers do not fit, without its user's: what ours say is kept, as far as it can be written."""
+    ours = {
+        name: value.encode("utf-8", "replace").decode()
+        for name, value in message.headers.items()
+        if name.startswith(PREFIX)
+    }
+    return structs.replace(message, headers=ours)
 
 
 def _nothing(_: Any) -> None: ...

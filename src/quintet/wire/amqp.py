@@ -393,6 +393,8 @@ def publishing(channel: int, exchange: str, routing_key: str, *, mandatory: bool
 def content(publish: bytes, channel: int, properties: bytes, body: bytes, frame_max: int) -> bytes:
     """The frames of one message: `publish` (of `publishing`), its header, and its body in as many as it takes."""
     size = len(body)
+    if len(properties) + 20 > frame_max:
+        raise InvalidMessage(f"its headers have {len(properties)} bytes, the broker allows {frame_max - 20}")
     header = _HEADER.pack(2, channel, 12 + len(properties), 60, 0, size)
     if not size:
         return b"".join((publish, header, properties, b"\xce"))

@@ -86,6 +86,9 @@ BROKERS_OWN: Final = (
 )
 """Headers that RabbitMQ writes for one queue or one delivery: they do not belong to the message."""
 
+ROUTING: Final = ("CC", "BCC")
+"""Headers by which RabbitMQ sends copies to other queues; it closes the channel over one that is a plain text."""
+
 DELAYS: Final = "quintet.delay"
 """The exchange of copies that wait, and the start of their queues' names."""
 DELAY: Final = "quintet-delay"
@@ -96,11 +99,10 @@ _FIELD_OF: Final = {
     **{header.encode(): field for field, header in FIELDS.items()},
     ATTEMPT.encode(): "attempt",
     DEADLINE.encode(): "deadline",
-    **dict.fromkeys((name.encode() for name in (*BROKERS_OWN, DELAY)), ""),
+    **dict.fromkeys((name.encode() for name in (*BROKERS_OWN, *ROUTING, DELAY)), ""),
     COUNT.encode(): COUNT,
 }
-_ROUTING: Final = frozenset({"CC", "BCC"})  # RabbitMQ sends copies by them, and closes the channel over a plain text
-_RESERVED: Final = frozenset({name.decode() for name in _FIELD_OF}) | _ROUTING
+_RESERVED: Final = frozenset(name.decode() for name in _FIELD_OF)
 _STAMPS_KEPT = 1000
 
 
@@ -218,7 +220,7 @@ def properties(
 def _headers(headers: Mapping[str, str], entries: bytearray) -> None:
     for name, value in headers.items():
         if name in _RESERVED:
-            if name in _ROUTING:
+            if name in ROUTING:
                 raise InvalidMessage(
                     f"a header cannot be named {name!r}: RabbitMQ sends copies by it; take another name"
                 )

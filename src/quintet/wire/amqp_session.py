@@ -136,6 +136,9 @@ class Outlet(Line):
         """Sends a message and gives what is done once the broker has it. That raises Unroutable where it was mandatory,
         Overloaded where it was refused, ConnectionLost where it may be there or not."""
         future: asyncio.Future[None] = self.session.loop.create_future()
+        if self.error is not None:
+            future.set_exception(ConnectionLost(f"not sent: {self.error}", safety=Safety.NOT_SENT))
+            return future
         self._tag += 1
         self._unconfirmed[self._tag] = (future, id)
         self.session.link.write(data)
