@@ -32,7 +32,7 @@ log = logging.getLogger("quintet.relay")
 
 POLICY = Policy(timeout=5.0, breaker=False, bulkhead=False, retry=False, hedge=False)
 """Of what is relayed: the relay waits and tries again by itself, and is to find at once that a broker is back."""
-BATCH = 100  # rows of a channel that are sent at once
+BATCH = 200  # rows of a channel that are sent at once
 LOOK_SECONDS = 1.0  # between two looks at the table, for what no wake-up told
 AGAIN = Redelivery(first=0.1, longest=2.0)
 """The waits after failures, without an end: only a message that is refused for good is set aside."""
