@@ -725,6 +725,7 @@ class _Tail:
         exact = not self._pattern.endswith("*")
         wanted = {"topic": self._prefix} if exact else {}
         announced = wire.fit(f"{self._number}.{_plain(self._prefix)}", TEMPORARY)
+        begun = False
         while True:
             for host in self._carrier.hosts:
                 try:
@@ -739,8 +740,9 @@ class _Tail:
                         some = new[start : start + TAIL_STEP]
                         await asyncio.gather(*(self._tap(host, name, _tail_channel(self._number)) for name in some))
                 except (TransportError, Unavailable):
-                    if not self._topics:
+                    if not begun:
                         raise
+            begun = True
             await self._carrier.clock.sleep(TAIL_POLL)
 
     async def _tap(self, host: Host, topic: str, channel: str) -> None:
