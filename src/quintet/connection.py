@@ -23,6 +23,7 @@ from quintet.transport import Address, Tell
 CONNECT_SECONDS = 5.0  # that one host may take to be connected and greeted: some accept and then stay silent
 FIRST_SECONDS = 5.0  # that `open` goes on trying, before it says that no broker answers
 PAUSE_FIRST, PAUSE_LONGEST = 0.05, 1.0  # between two rounds of attempts, growing twofold, half of it by chance
+STEADY_SECONDS = 1.0  # that a session must have lasted for the next attempts to begin with the shortest pause
 FAREWELL_SECONDS = 1.0
 SAYS_BEFORE = 0.02  # seconds before its sender's time is up that a message is said to be not sent
 SIGN_OF_LIFE = 64  # bytes that show that the way is open, although they complete no frame; a byte a second does not
@@ -341,8 +342,9 @@ class Connection(Generic[S]):
 
     async def _keep(self, link: Link, session: S) -> None:
         """Has a session at all times, as far as the broker lets it."""
+        pause = PAUSE_FIRST
         while True:
-            self.session = session
+            self.session, since = session, self._clock.now()
             self._wake()
             try:
                 self._error = await link.lost()
@@ -352,17 +354,24 @@ class Connection(Generic[S]):
                     await link.end()
                 session.lost(self._error or Lost("the connection was closed"))
             self._tell("broker-lost", str(self.address), _sentence(self._error))
-            pause = PAUSE_FIRST
+            if self._clock.now() >= since + STEADY_SECONDS:
+                pause = PAUSE_FIRST
+            else:  # welcomed, and then thrown out at once
+                pause = await self._pause(pause)
             while True:
                 try:
                     link, session = await self._connect()
                 except Exception as error:
                     self._error = error
-                    await self._clock.sleep(pause * (0.5 + self._clock.random.random() / 2))
-                    pause = min(pause * 2, PAUSE_LONGEST)
+                    pause = await self._pause(pause)
                 else:
                     break
             self._tell("broker-back", str(self.address))
+
+    async def _pause(self, seconds: float) -> float:
+        """Waits about so long, half of it by chance; gives how long to wait the next time."""
+        await self._clock.sleep(seconds * (0.5 + self._clock.random.random() / 2))
+        return min(seconds * 2, PAUSE_LONGEST)
 
     async def _connect(self) -> tuple[Link, S]:
         """Tries each host in turn, first the one that was well the last time."""

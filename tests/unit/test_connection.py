@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 import quintet.connection as connection
-from quintet.clock import SYSTEM
+from quintet.clock import SYSTEM, Clock
 from quintet.connection import Connection, Link, Lost, Refused, Session, credentials
 from quintet.errors import AddressError, Safety, Unavailable
 from quintet.transport import open_address, parse_address
@@ -197,6 +197,28 @@ async def test_what_a_session_cannot_read_ends_its_link_with_that_reason() -> No
         await told.until(2)
         assert str(session.ended) == "that is no hello"
         assert await link.ready(None) is not session
+
+
+async def test_a_broker_that_welcomes_and_then_throws_out_is_not_stormed() -> None:
+    broker, told = Broker(), Told()
+    await broker.up()
+    slept: list[float] = []
+
+    class Watched(Clock):
+        async def sleep(self, seconds: float) -> None:
+            slept.append(seconds)
+            await asyncio.sleep(0)
+
+    link = Connection(parse_address(f"amqp://127.0.0.1:{broker.port}"), 5672, Echoed, Watched(seed=1), told)
+    await link.open()
+    for count in range(1, 7):
+        (await link.ready(None)).link.write(b"garbage")
+        await told.until(2 * count)
+    await link.close()
+    await broker.down()
+    assert len(slept) == 6
+    assert slept[-1] > 0.5
+    assert slept[-1] > 8 * slept[0]
 
 
 async def test_heart_beats_are_sent_when_idle_and_silence_is_noticed() -> None:
