@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
@@ -52,6 +53,14 @@ BURST = 500  # records that the loop is handed at once
 END = {"enable.partition.eof": True, "fetch.wait.max.ms": 10}  # tells as soon as there is no more to read
 POLL = 0.05  # seconds that a thread waits for its broker before it looks what else there is to do
 CALM = 0.05  # seconds that records may wait for the loop before crowded topics are paused
+LATER = (
+    KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError.ILLEGAL_GENERATION,
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+)
+"""Why a commit may fail that is taken a moment later."""
 FLUSH = 2.0  # seconds that what was produced has to be confirmed when the producer is closed
 ANSWER = 5.0  # seconds that a group's coordinator may take
 
@@ -61,12 +70,12 @@ class Outlet:
 
     def __init__(self, config: dict[str, Any], trouble: Callable[[KafkaError], None]) -> None:
         """`trouble` is told on the loop of what happens to its connections."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._trouble = trouble
         self._reports: list[tuple[asyncio.Future[None], KafkaError | None]] = []
         self._room: asyncio.Future[None] | None = None  # there while a sender waits for room in the queue
         self._closing = False
-        self._over = self._loop.create_future()
+        self._over = self.loop.create_future()
         self.producer: Any = Producer({**config, "error_cb": self._on_error})
         self.produce: Callable[..., None] = self.producer.produce
         self._thread = threading.Thread(target=self._run, name="quintet-kafka-producer", daemon=True)
@@ -77,13 +86,13 @@ class Outlet:
     ) -> asyncio.Future[None]:
         """Hands a record to the producer; the future is done once the broker has confirmed it, and fails with a
         KafkaException. `place` may hold its partition and timestamp. Raises BufferError where the queue is full."""
-        future: asyncio.Future[None] = self._loop.create_future()
+        future: asyncio.Future[None] = self.loop.create_future()
         self.produce(topic, body, key, headers=headers, on_delivery=partial(self._on_delivery, future), **place)
         return future
 
     async def room(self) -> None:
         """Waits until something was confirmed."""
-        self._room = self._room or self._loop.create_future()
+        self._room = self._room or self.loop.create_future()
         await asyncio.shield(self._room)
 
     async def close(self) -> None:
@@ -97,7 +106,7 @@ class Outlet:
         self._reports.append((future, error))
 
     def _on_error(self, error: KafkaError) -> None:
-        _tell(self._loop, self._trouble, error)
+        _tell(self.loop, self._trouble, error)
 
     def _run(self) -> None:
         producer = self.producer
@@ -105,14 +114,14 @@ class Outlet:
             producer.poll(POLL)
             if self._reports:
                 reports, self._reports = self._reports, []
-                _tell(self._loop, self._resolve, reports)
+                _tell(self.loop, self._resolve, reports)
         producer.flush(FLUSH)
         producer.purge()
         producer.flush(FLUSH)
-        _tell(self._loop, self._resolve, self._reports)
+        _tell(self.loop, self._resolve, self._reports)
         self.producer = self.produce = None  # type: ignore[assignment]  # frees its threads here, and not in the loop's
         del producer
-        _tell(self._loop, _finish, self._over)
+        _tell(self.loop, _finish, self._over)
 
     # in the loop
 
@@ -171,6 +180,10 @@ class Listener(Protocol):
         """The partitions are another member's already."""
         ...
 
+    def uncommitted(self, places: Iterable[Place]) -> None:
+        """The last commit of these failed."""
+        ...
+
 
 class Inlet:
     """A consumer, and the thread that polls it: a member of `group`, or of none where that is empty."""
@@ -188,7 +201,8 @@ class Inlet:
         self._closing = False
         self._over = self._loop.create_future()
         # librdkafka wants a group of every consumer, also where it takes part in none
-        self.consumer: Any = Consumer({**config, "group.id": group or "quintet", "enable.auto.commit": False})
+        own = {"group.id": group or "quintet", "enable.auto.commit": False, "on_commit": self._on_commit}
+        self.consumer: Any = Consumer({**config, **own})
         self._thread = threading.Thread(target=self._run, name=f"quintet-kafka-{group or 'reader'}", daemon=True)
         self._thread.start()
 
@@ -227,8 +241,8 @@ class Inlet:
         return self.do(order)
 
     def commit(self, offsets: Sequence[TopicPartition], *, wait: bool = False) -> asyncio.Future[Any]:
-        """Without `wait` nobody learns how it went: the next commit says more."""
-        return self.do(lambda consumer: consumer.commit(offsets=list(offsets), asynchronous=not wait))
+        """With `wait` it fails with a KafkaException; without, the listener is told of what could not be committed."""
+        return self.do(lambda consumer: _commit(consumer, offsets) if wait else consumer.commit(offsets=list(offsets)))
 
     def crowd(self, topics: Iterable[str]) -> None:
         """Of these topics the loop has enough for now, of the others it may have more."""
@@ -321,9 +335,14 @@ class Inlet:
             with contextlib.suppress(KafkaException, RuntimeError):
                 leaving = asyncio.run_coroutine_threadsafe(self._listener.revoked(places), self._loop)
                 if offsets := leaving.result():
-                    consumer.commit(offsets=list(offsets), asynchronous=False)
+                    _commit(consumer, offsets)
         for place in places:
             self._held.pop(place, None)
+
+    def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+        failed = [(one.topic, one.partition) for one in partitions if error is not None or one.error is not None]
+        if failed:
+            _tell(self._loop, self._listener.uncommitted, failed)
 
     def _on_lost(self, _: Any, partitions: list[TopicPartition]) -> None:
         places = [(partition.topic, partition.partition) for partition in partitions]
@@ -341,6 +360,20 @@ class Inlet:
         """More may come at once, as long as it is not of a topic that is crowded and not paused yet."""
         if not self.crowded or self.crowded <= {topic for topic, _ in self._paused}:
             self._calm.set()
+
+
+def _commit(consumer: Any, offsets: Sequence[TopicPartition]) -> None:
+    """Commits and waits for it, also where the group is just being rebalanced. Raises KafkaException."""
+    give_up = time.monotonic() + ANSWER
+    while True:
+        try:
+            consumer.commit(offsets=list(offsets), asynchronous=False)
+        except KafkaException as error:
+            if error.args[0].code() not in LATER or time.monotonic() > give_up:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _tell(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:

@@ -22,6 +22,7 @@ from quintet.wire.kafka import (
     in_work,
     key_of,
     retry_channel,
+    retry_group,
     to_headers,
     topic_name,
     version,
@@ -83,13 +84,14 @@ def test_channels_that_are_alike_have_topics_of_their_own() -> None:
 
 
 def test_a_point_to_point_channel_has_one_group_and_a_fan_out_channel_each_of_its_own() -> None:
-    assert (
-        group_name(Channel("trips.v1.create"), "trips") == group_name(Channel("trips.v1.create"), "other") == "trips.v1"
-    )
-    assert group_name(Channel("jobs"), "any") == "jobs"
-    assert group_name(CHANNEL, "billing") == "billing"
+    create = Channel("trips.v1.create")
+    assert group_name(create, "trips") == group_name(create, "other") == "trips.v1.create"
+    assert group_name(CHANNEL, "billing") == "billing.trips.v1.created"
     assert retry_channel(CHANNEL, "billing") == "quintet.retry.trips.v1.created--billing"
-    assert retry_channel(Channel("trips.v1.create"), "trips") == "quintet.retry.trips.v1.create"
+    assert retry_channel(create, "trips") == "quintet.retry.trips.v1.create"
+    assert retry_group(CHANNEL, "billing") == "quintet.retry.billing"
+    assert retry_group(create, "trips") == "quintet.retry.trips.v1"
+    assert retry_group(Channel("jobs"), "any") == "quintet.retry.jobs"
 
 
 # records

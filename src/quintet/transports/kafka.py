@@ -46,6 +46,7 @@ from quintet.wire.kafka import (
     in_work,
     key_of,
     retry_channel,
+    retry_group,
     to_headers,
     topic_name,
     version,
@@ -273,8 +274,7 @@ class _Serving:
             await ended
         finally:
             feeds, self.feeds = self.feeds, []
-            if feeds:
-                await feeds[0].group.leave(feeds)
+            await asyncio.gather(*(feed.group.leave(feed) for feed in feeds))
             own, self._own = self._own, ""
             if own:
                 await self._carrier.delete(own)
@@ -298,16 +298,20 @@ class _Listening:
 
     async def stop(self) -> None:
         feeds, self.feeds = self.feeds, []
-        if feeds:
-            await feeds[0].group.leave(feeds)
-            await self._carrier.delete(feeds[0].topic)
+        for feed in feeds:
+            await feed.group.leave(feed)
+            await self._carrier.delete(feed.topic)
         self._carrier.ended(self)
 
     abort = stop
 
 
 class _Group:
-    """One consumer: a member of a group, with all channels that are served by it; or of none, where it has no name."""
+    """One consumer: a member of a group, or of none where it has no name, with the topics that it takes.
+
+    Each channel has a group and a consumer of its own. In one for all of a service's channels, a member that comes
+    would be given as many partitions as the others have, and these may well be all of one channel and none of another.
+    """
 
     def __init__(self, carrier: Carrier, name: str) -> None:
         self.name = name
@@ -348,23 +352,22 @@ class _Group:
         with contextlib.suppress(self._carrier.bridge.KafkaException):
             await self._inlet.commit(starts, wait=True)
 
-    def add(self, serving: _Serving, topics: Iterable[tuple[str, bool]]) -> None:
-        """Subscribes to a channel's topics, soon: others may follow."""
-        self._take(serving, topics)
+    def add(self, serving: _Serving, topic: str, *, retry: bool = False) -> None:
+        """Subscribes to a topic, soon: others may follow."""
+        self._take(serving, topic, retry)
         self._assigned.clear()
         if self._join is None:
             self._join = self._clock.call_at(self._clock.now() + GATHER, self._subscribe)
 
-    async def read(self, serving: _Serving | _Listening, places: dict[Place, int]) -> None:
+    async def read(self, serving: _Serving | _Listening, topic: str, places: dict[Place, int]) -> None:
         """Takes a topic's messages from these offsets on, without a group."""
-        self._take(serving, [(topic, False) for topic in dict.fromkeys(topic for topic, _ in places)])
+        self._take(serving, topic)
         self.assigned({place: (offset, "") for place, offset in places.items()})
         await self._inlet.assign(places)
 
-    def _take(self, serving: _Serving | _Listening, topics: Iterable[tuple[str, bool]]) -> None:
-        for topic, retry in topics:
-            feed = self.feeds[topic] = _Feed(topic, serving, self, retry)
-            serving.feeds.append(feed)
+    def _take(self, serving: _Serving | _Listening, topic: str, retry: bool = False) -> None:
+        feed = self.feeds[topic] = _Feed(topic, serving, self, retry)
+        serving.feeds.append(feed)
 
     def _subscribe(self) -> None:
         if self._join is not None:
@@ -374,8 +377,8 @@ class _Group:
 
     async def ready(self) -> None:
         """Waits until partitions of every topic are ours, or it is clear that others have them all."""
-        if not self.name or not self.feeds:
-            return
+        if not self.name or all(feed.retry for feed in self.feeds.values()):
+            return  # what waits for its next attempt can wait for us, too
         if self._join is not None:
             self._subscribe()
         give_up, spare = self._clock.now() + JOIN, float("inf")
@@ -390,13 +393,11 @@ class _Group:
                 raise TransportError(f"{where}: {self._refusal}".removesuffix(": "))
             await self._clock.sleep(0.01)
 
-    async def leave(self, feeds: Sequence[_Feed]) -> None:
-        """Commits what is done of these topics, and gives their partitions to others."""
-        topics = {feed.topic for feed in feeds}
-        for topic in topics:
-            del self.feeds[topic]
-        self._uncrowd(topics)
-        shares = [share for share in self._shares.values() if share.place[0] in topics]
+    async def leave(self, feed: _Feed) -> None:
+        """Commits what is done of a topic, and gives its partitions to others."""
+        del self.feeds[feed.topic]
+        self._uncrowd(feed.topic)
+        shares = [share for share in self._shares.values() if share.feed is feed]
         offsets = self._drop(shares)
         if not self.name:
             await self._inlet.unassign([share.place for share in shares])
@@ -455,11 +456,11 @@ class _Group:
             self._later()
         crowded = feed.topic in self._crowded if self._crowded else False
         if crowded and feed.size <= prefetch // 2 and feed.bytes <= PREFETCH_BYTES // 2:
-            self._uncrowd({feed.topic})
+            self._uncrowd(feed.topic)
 
-    def _uncrowd(self, topics: set[str]) -> None:
-        if self._crowded & topics:
-            self._crowded -= topics
+    def _uncrowd(self, topic: str) -> None:
+        if topic in self._crowded:
+            self._crowded.discard(topic)
             self._inlet.crowd(self._crowded)
 
     def assigned(self, places: dict[Place, tuple[int | None, str]]) -> None:
@@ -484,6 +485,12 @@ class _Group:
         shares = [self._shares[place] for place in places if place in self._shares]
         self._forget(shares)
         self._drop(shares)
+
+    def uncommitted(self, places: Iterable[Place]) -> None:
+        for place in places:
+            if share := self._shares.get(place):
+                share.committed = (-1, "")
+        self._later()
 
     # inside
 
@@ -528,7 +535,7 @@ class _Group:
 
 
 def _heard(future: asyncio.Future[Any]) -> None:
-    """What cannot be committed now is with the next commit."""
+    """It is committed when the consumer is closed, or never."""
     if not future.cancelled():
         future.exception()
 
@@ -680,7 +687,7 @@ class Carrier(Transport):
             expiry, timers = None, None
         else:
             expiry = _Expiry(confirmed)
-            timers = self.clock.wheel(asyncio.get_running_loop()).set(until, expiry)
+            timers = self.clock.wheel(outlet.loop).set(until, expiry)
         try:
             await confirmed
         except _Expired:
@@ -712,12 +719,11 @@ class Carrier(Transport):
             offsets = await self.ends(places) if channel.fanout and not place.new else dict.fromkeys(places, 0)
             if not channel.fanout:
                 serving.own(place.name)
-            await self._group("", {place.name}).read(serving, offsets)
+            await self._group("", place.name).read(serving, place.name, offsets)
         else:
             retry = await self._place(Channel(retry_channel(channel, group), durable=True)) if channel.durable else None
             serving = _Serving(self, channel, receive, group, limit, retry)
-            topics = [(place.name, False), *([(retry.name, True)] if retry else [])]
-            member = self._group(group_name(channel, group), {name for name, _ in topics})
+            member = self._group(group_name(channel, group), place.name)
             start = native_of(channel.native, Topic, _TOPIC).start or ("latest" if channel.fanout else "earliest")
             member.coming += 1
             try:
@@ -725,7 +731,9 @@ class Carrier(Transport):
                     await member.begin(place)
             finally:
                 member.coming -= 1
-            member.add(serving, topics)
+            member.add(serving, place.name)
+            if retry is not None:
+                self._group(retry_group(channel, group), retry.name).add(serving, retry.name, retry=True)
         self._servings.add(serving)
         return serving
 
@@ -735,17 +743,17 @@ class Carrier(Transport):
         assert place is not None  # noqa: S101
         listening = _Listening(self, channel, arrived)
         places = [(place.name, number) for number in range(place.partitions)]
-        await self._group("", {place.name}).read(listening, dict.fromkeys(places, 0))
+        await self._group("", place.name).read(listening, place.name, dict.fromkeys(places, 0))
         self._servings.add(listening)
         return listening
 
     async def ready(self) -> None:
         await asyncio.gather(*(group.ready() for group in self._groups))
 
-    def _group(self, name: str, topics: set[str]) -> _Group:
-        """A member of the group that does not take these topics yet."""
+    def _group(self, name: str, topic: str) -> _Group:
+        """A member of the group that does not take this topic yet."""
         for group in self._groups:
-            if group.name == name and not group.feeds.keys() & topics:
+            if group.name == name and topic not in group.feeds:
                 return group
         group = _Group(self, name)
         self._groups.append(group)
@@ -1022,8 +1030,9 @@ class Carrier(Transport):
         for (topic, group), places in sorted(known.items()):
             if topic.startswith(OURS):
                 continue
-            name = "" if group == group_name(Channel(topic), "") else group
-            retry = known.get((topic_name(_retry(topic, name)), group), [])
+            name = "" if group == topic else group.removesuffix(f".{topic}")
+            channel = Channel(topic, fanout=bool(name))
+            retry = known.get((topic_name(retry_channel(channel, name)), retry_group(channel, name)), [])
             lag = sum(max(0, ends[at] - max(one.offset, firsts[at])) for one in (*places, *retry) for at in [_at(one)])
             busy = min(lag, sum(in_work(place.metadata or "") for place in places))
             count = dead.get((topic, name), 0)
@@ -1131,10 +1140,6 @@ def _patience(message: Message) -> float | None:
     return message.deadline if message.until is None else message.until
 
 
-def _retry(topic: str, group: str) -> str:
-    return retry_channel(Channel(topic, fanout=bool(group)), group)
-
-
 def _at(partition: Any) -> Place:
     return (partition.topic, partition.partition)
 
@@ -1220,6 +1225,9 @@ class _Tail:
         return ()
 
     def lost(self, places: Iterable[Place]) -> None:
+        """Never called."""
+
+    def uncommitted(self, places: Iterable[Place]) -> None:
         """Never called."""
 
 
@@ -1311,9 +1319,9 @@ def _producing(config: dict[str, Any]) -> dict[str, Any]:
 def _consuming(config: dict[str, Any]) -> dict[str, Any]:
     member = {
         "heartbeat.interval.ms": 300,  # by which a member learns that another has come
-        # cooperative-sticky evens out the sum of a member's partitions only: all of one topic may be one member's
-        "partition.assignment.strategy": "roundrobin",
-        "session.timeout.ms": 6000,
+        # who stays goes on with what it has, also while the group waits for a member that is dead
+        "partition.assignment.strategy": "cooperative-sticky",
+        "session.timeout.ms": 15_000,  # a broker that is back sooner finds the group as it was
     }
     if config.get("group.protocol") == "consumer":  # there the broker decides on these
         member = {}
@@ -1324,10 +1332,10 @@ def _consuming(config: dict[str, Any]) -> dict[str, Any]:
             "fetch.error.backoff.ms": 50,
             "fetch.max.bytes": 16 * 1024 * 1024,
             "fetch.queue.backoff.ms": 5,
-            "fetch.wait.max.ms": 100,  # partitions that are new wait so long for those that have nothing
+            "fetch.wait.max.ms": 200,  # partitions that are new wait so long for those that have nothing
             "message.max.bytes": 2 * LARGEST,
             "queued.max.messages.kbytes": 16 * 1024,
-            "queued.min.messages": 10_000,
+            "queued.min.messages": 1000,  # of each partition; what was fetched comes even when that is paused
             "topic.metadata.refresh.interval.ms": 30_000,
         }
         | member

@@ -63,16 +63,18 @@ def topic_name(channel: str, *, collides: bool = False) -> str:
 
 
 def group_name(channel: Channel, group: str) -> str:
-    """The consumer group: a fan-out group's own name; of a point-to-point channel its name up to the last dot (its
-    contract and version: "trips.v1"), whoever receives, so that there is one."""
-    if channel.fanout:
-        return group
-    return channel.name.rpartition(".")[0] or channel.name
+    """The consumer group: of a point-to-point channel its own name, whoever receives, so that there is one."""
+    return f"{group}.{channel.name}" if channel.fanout else channel.name
 
 
 def retry_channel(channel: Channel, group: str) -> str:
     """The channel in which what failed waits for its next attempt: of each group its own."""
     return f"quintet.retry.{channel.name}--{group}" if channel.fanout else f"quintet.retry.{channel.name}"
+
+
+def retry_group(channel: Channel, group: str) -> str:
+    """The consumer group of all retry topics of a group, or of a contract and version ("trips.v1")."""
+    return f"quintet.retry.{group if channel.fanout else channel.name.rpartition('.')[0] or channel.name}"
 
 
 # records
