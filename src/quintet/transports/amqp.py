@@ -38,7 +38,7 @@ from quintet.message import Channel, Message, native_of, new_id
 from quintet.transport import Address, DeadLetter, Finding, Receive, Trait, Transport
 from quintet.wire import amqp
 from quintet.wire.amqp import Content, settle
-from quintet.wire.amqp_message import DELAYS, headers_of, properties, properties_of, read, read_dead
+from quintet.wire.amqp_message import DELAYS, properties, properties_of, read, read_dead, read_death
 from quintet.wire.amqp_session import Closed, Line, Outlet, Unroutable, Wire
 from quintet.wire.amqp_topology import (
     AGAIN,
@@ -434,7 +434,7 @@ class Carrier(Transport):
                 return Finding(what, await trial)
         except TimeoutError:
             return Finding(what, f"no answer within {WITHIN:g} s", well=False)
-        except (TransportError, CallError) as error:
+        except (TransportError, CallError, KeyError) as error:
             return Finding(what, f"not possible: {error}; users need the rights on names like ^quintet", well=False)
 
     async def _try_quorum(self, session: _Publisher) -> str:
@@ -450,7 +450,7 @@ class Carrier(Transport):
         line = await wire.line()
         try:
             await session.lay_for_copies(100)
-            await line.call("queue.declare", queue=name, exclusive=True)
+            await line.call("queue.declare", queue=name, exclusive=True, arguments={"x-queue-type": "classic"})
             await line.call("queue.bind", queue=name, exchange=AGAIN, routing_key=name)
             wire.consumers[name.encode()] = arrived.put_nowait
             await line.call("basic.consume", queue=name, consumer_tag=name, no_ack=True)
@@ -458,12 +458,9 @@ class Carrier(Transport):
             await session.store(DELAYS, name, Message(channel=Channel(name), id=name), 100)
             content = await arrived.get()
             took = self.clock.now() - begun
-            death = headers_of(content)["x-death"][0]["time"]
-            skew = self.clock.wall() - death.timestamp()
-            clocks = (
-                f"its clock is {abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} ours" if abs(skew) > 2 else ""
-            )
-            return f"asked for 100 ms, got {1000 * took:.0f} ms{'; ' + clocks if clocks else ''}"
+            skew = self.clock.wall() - float(read_death(content)["time"].timestamp())
+            clocks = f"; its clock is {skew:+.0f} s off ours" if abs(skew) > 2 else ""
+            return f"asked for 100 ms, got {1000 * took:.0f} ms{clocks}"
         finally:
             wire.consumers.pop(name.encode(), None)
             await line.close()

@@ -385,14 +385,19 @@ _WHY: Final = {
 }
 
 
+def read_death(content: Content) -> dict[str, Any]:
+    """Why, when and in which queue the broker last dead-lettered it; empty where it did not."""
+    deaths = headers_of(content).get("x-death")
+    return deaths[0] if isinstance(deaths, list) and deaths and isinstance(deaths[0], dict) else {}
+
+
 def read_dead(content: Content, clock: Clock) -> Message:
     """A dead letter as `letters.bury` has written it; of one that the broker put there its x-death header tells."""
     message = read(content, _LETTERS, clock)
     message.attempt = max(1, message.attempt - content.crashes)  # the looks at it are no attempts
     if DEAD_CHANNEL in message.headers:
         return message
-    deaths = headers_of(content).get("x-death")
-    death: dict[str, Any] = deaths[0] if isinstance(deaths, list) and deaths and isinstance(deaths[0], dict) else {}
+    death = read_death(content)
     queue, reason, when = str(death.get("queue", "")), str(death.get("reason", "")), death.get("time")
     why = _WHY.get(reason, reason)
     if queue.startswith(f"{DELAYS}."):  # it had waited there, to go back to its own
