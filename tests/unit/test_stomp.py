@@ -208,6 +208,26 @@ async def test_what_was_sent_and_not_confirmed_is_unknown_when_the_connection_br
             await sending
 
 
+async def test_a_receipt_behind_an_error_confirms_nothing() -> None:
+    def answer(frame: Frame) -> list[Frame] | None:
+        if frame.command in ("SEND", "SUBSCRIBE"):  # RabbitMQ does that, and hangs up
+            receipt = Frame("RECEIPT", {"receipt-id": frame.headers["receipt"]})
+            return [Frame("ERROR", {"message": "not_found"}, b"NOT_FOUND - no exchange 'x'"), receipt]
+        return None
+
+    async def receive(message: Message) -> Verdict:
+        return DONE
+
+    async with standing() as broker:
+        broker.greeting["server"] = "RabbitMQ/3.10.8"
+        async with connected(broker) as carrier:
+            broker.answer = answer
+            with pytest.raises(ConnectionLost, match="not_found: NOT_FOUND - no exchange 'x'"):
+                await carrier.send(Message(channel=WORK))
+            with pytest.raises(TransportError, match="not_found: NOT_FOUND - no exchange 'x'"):
+                await carrier.serve(WORK, receive, "")
+
+
 async def test_what_waits_behind_transactions_under_way_goes_out_on_the_next_connection() -> None:
     async with standing() as broker, connected(broker) as carrier:
         broker.answer = lambda frame: [] if frame.command == "SEND" else None
@@ -516,16 +536,22 @@ def test_options_that_make_no_sense_are_refused(make: Callable[[], object], sent
         make()
 
 
-async def test_a_selector_is_refused_where_the_broker_has_none() -> None:
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (Subscription(selector="region = 'EU'"), "work at stomp://.*: rabbitmq's STOMP has no selectors"),
+        (Subscription(exclusive=True), "rabbitmq's STOMP has no exclusive receivers"),
+    ],
+)
+async def test_what_the_broker_has_not_is_refused_at_start_up(options: Subscription, sentence: str) -> None:
     async def receive(message: Message) -> Verdict:
         return DONE
 
     async with standing() as broker:
         broker.greeting["server"] = "RabbitMQ/3.10.8"
         async with connected(broker) as carrier:
-            channel = Channel("work", native=(Subscription(selector="region = 'EU'"),))
-            with pytest.raises(ConfigurationError, match="rabbitmq has no selectors"):
-                await carrier.serve(channel, receive, "")
+            with pytest.raises(ConfigurationError, match=sentence):
+                await carrier.serve(Channel("work", native=(options,)), receive, "")
 
 
 async def test_a_subscription_that_is_refused_is_told_and_leaves_nothing_behind() -> None:
@@ -577,9 +603,9 @@ async def test_the_native_session_has_the_broker_do_anything() -> None:
     ("channel", "group", "activemq", "rabbitmq"),
     [
         (Channel("trips.v1.create"), "", "/queue/trips.v1.create", "/queue/trips.v1.create"),
-        (Channel("a/b *>"), "", "/queue/a%2Fb%20%2A%3E", "/queue/a%2Fb%20%2A%3E"),
+        (Channel("a/b %*>"), "", "/queue/a%2Fb%20%25%2A%3E", "/queue/a%2Fb %25*>"),
         (Channel("e", fanout=True), "", "/topic/VirtualTopic.e", "/topic/e"),
-        (Channel("e", fanout=True), "g.x", "/queue/Consumer.g%2Ex.VirtualTopic.e", "/amq/queue/e@g%2Ex"),
+        (Channel("e", fanout=True), "g.x", "/queue/Consumer.g%2Ex.VirtualTopic.e", "/amq/queue/e@g.x"),
         (Channel("r", temporary=True), "", "/topic/r", "/topic/r"),
         (Channel("/queue/own", temporary=True), "", "/queue/own", "/queue/own"),
         (Channel("quintet.dead", durable=True), "", "/queue/quintet.dead", "/queue/quintet.dead.stomp"),
@@ -609,7 +635,7 @@ def test_what_a_group_subscribes_to() -> None:
 )
 def test_a_delay_is_rounded_up_to_a_queue_that_there_may_be(after: float, wait: str) -> None:
     headers = waiting_room(RABBITMQ, Channel("e", fanout=True), "g", after)
-    assert headers["destination"] == f"/queue/quintet.again.{wait}.e%40g"
+    assert headers["destination"] == f"/queue/quintet.again.{wait}.e@g"
     assert (headers["x-message-ttl"], headers["x-dead-letter-routing-key"]) == (wait, "e@g")
     assert waiting_room(RABBITMQ, Channel("w"), "", after)["x-dead-letter-routing-key"] == "w"
 

@@ -47,7 +47,6 @@ from quintet.wire.stomp_message import (
     destination,
     headers_of,
     message_of,
-    quoted,
     subscription,
     waiting_room,
 )
@@ -65,6 +64,7 @@ WAYS_KEPT = 4096
 LETTERS_READ = 10_000  # dead letters that are looked at, the oldest
 LETTERS_SECONDS = 10.0  # that another process may keep us from looking
 DELAY: Final = "AMQ_SCHEDULED_DELAY"
+LETTERS_PAUSE = 0.05  # seconds until it is tried again
 SHORTEST_WAIT = 0.02  # seconds of delay that are not worth a queue of their own
 
 
@@ -173,6 +173,7 @@ class Session(BrokerSession):
         self._flushing = False
         self._scheduler: asyncio.Future[bool] | None = None
         self._asking: Handle | None = None
+        self._reason: Refusal | None = None  # that the broker gave when it hung up
         self._answered = True
 
     def __repr__(self) -> str:
@@ -184,7 +185,10 @@ class Session(BrokerSession):
         done: asyncio.Future[None] = self._loop.create_future()
         receipt = self._receipt(partial(_resolve, done))
         self.link.write(encode(self.version, command, {**headers, "receipt": receipt}, body))
-        await done
+        try:
+            await done
+        except Lost as lost:
+            raise self._reason or lost from None
 
     # what connections call
 
@@ -214,6 +218,8 @@ class Session(BrokerSession):
         for frame in self._parser.feed(data):
             command, headers = frame.command, frame.headers
             whole = True
+            if self._reason is not None:
+                break  # RabbitMQ's ERROR may be followed by the RECEIPT of the very frame that failed
             if command == "MESSAGE":
                 subscribed = self._line.subscribed.get(headers.get("subscription", ""))
                 if subscribed is not None:
@@ -251,8 +257,9 @@ class Session(BrokerSession):
             answered(refusal)
         elif not self._greeted.done():
             self._greeted.set_exception(Refused(f"{self._line.carrier.address}: the broker refuses us: {refusal}"))
-        elif "DestinationDoesNotExist" not in refusal.text:  # so ActiveMQ says that a temporary queue went away
-            self.link.error = Lost(str(refusal))  # in case it hangs up, as it should
+        elif self.dialect.hangs_up:
+            self._reason = refusal  # it does not say of what, so that only who waits alone may take it for their own
+            self.link.drop(Lost(str(refusal)))
 
     def lost(self, error: Exception) -> None:
         if not isinstance(error, QuintetError):  # the socket's own: whoever waits for a receipt is to get one of ours
@@ -293,8 +300,6 @@ class Session(BrokerSession):
             headers = {"destination": destination(dialect, channel, group)}
             if channel.durable:
                 headers["persistent"] = "true"
-            if dialect.exclusive_sent and not channel.fanout and is_exclusive(channel, dialect):
-                headers |= dialect.exclusive
             headers |= native_of(channel.native, Publish, _PUBLISH).written()
             found = _Way(self._lines(headers), channel.durable, channel.temporary, channel.keyed)
             if not group:
@@ -445,12 +450,6 @@ def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
             future.set_exception(error)
 
 
-def is_exclusive(channel: Channel, dialect: Dialect) -> bool:
-    if channel.name == DEAD:
-        return True
-    return native_of(channel.native, Subscription, _SUBSCRIPTION).exclusive or (channel.keyed and not dialect.key)
-
-
 def _nothing(*_: object) -> None:
     """What there is to do until somebody wants to know."""
 
@@ -550,7 +549,6 @@ class _Serving:
         self._keyed = channel.keyed  # and a copy would lose its place
         self._begun: deque[str] = deque(maxlen=BEGUN_KEPT)
         self._suspects: frozenset[str] = frozenset()
-        self._unbegun: list[_Delivery] = []
         self._timers: set[Handle] = set()
         self._leaving = False
 
@@ -657,41 +655,27 @@ class _Serving:
             await session.together(way, headers, copy.body, ack=session.ack(delivery.headers))
 
     def give_back(self, delivery: _Delivery) -> None:
-        self._unbegun.append(delivery)
+        """It stays as it is until the subscription ends, for to free its place here would bring another one."""
 
     # Ending
 
     async def stop(self) -> None:
-        drained = False
         try:
             await self.intake.stop()
-            drained = True
         finally:
-            await self._leave(drained)
+            self._leaving = True
+            self._drop_timers()
+            self.carrier.ended(self)
+            if self.line.alone:
+                await self.line.close()
+            else:
+                await self.line.unsubscribe(self.subscribed)
 
     async def abort(self) -> None:
         """Its line is closed next, which gives back what was not settled."""
         self._leaving = True
         self._drop_timers()
         await self.intake.abort()
-
-    async def _leave(self, drained: bool) -> None:
-        self._leaving = True
-        self._drop_timers()
-        self.carrier.ended(self)
-        session = self.subscribed.session
-        if drained and session is not None and not (self._keyed or self._temporary):
-            # the broker takes for broken off what it gets back: so a copy takes the place of what was not even begun
-            unbegun = [delivery for delivery in self._unbegun if delivery.session is session and not delivery.broken]
-            moved = [
-                session.together(*self._copy(session, self.read(delivery), {}), ack=session.ack(delivery.headers))
-                for delivery in unbegun
-            ]
-            await asyncio.gather(*moved, return_exceptions=True)
-        if self.line.alone:
-            await self.line.close()
-        else:
-            await self.line.unsubscribe(self.subscribed)
 
 
 def _heed(settled: asyncio.Future[None]) -> None:
@@ -726,6 +710,7 @@ class Carrier(Transport):
             raise AddressError(f"{address}: option dialect={name!r} must be {' or '.join(DIALECTS)}")
         self.host = address.path[1:] or "/"
         self._dialect = DIALECTS.get(name)
+        self._take_traits(self._dialect)
         self._out = _Line(self)
         self._in: _Line | None = None
         self._opening = asyncio.Lock()
@@ -737,6 +722,11 @@ class Carrier(Transport):
 
     async def open(self) -> None:
         await self._out.connection.open()
+        self._take_traits((await self._out.connection.ready(None)).dialect)
+
+    def _take_traits(self, dialect: Dialect | None) -> None:
+        if dialect is not None and not dialect.key:
+            vars(self)["traits"] = type(self).traits - {Trait.ORDERED}  # this instance's own
 
     async def close(self) -> None:
         """Cancels what is still in work; it goes back to its channel."""
@@ -813,7 +803,7 @@ class Carrier(Transport):
         reply_to = message.reply_to
         if reply_to:
             if not reply_to.startswith("/"):
-                reply_to = self._replies.get(reply_to) or TEMPORARY + quoted(reply_to)
+                reply_to = self._replies.get(reply_to) or TEMPORARY + session.dialect.in_path(reply_to)
             headers["reply-to"] = reply_to
         if message.native:
             headers |= native_of(message.native, Publish, _PUBLISH).written()
@@ -824,11 +814,11 @@ class Carrier(Transport):
     async def serve(self, channel: Channel, receive: Receive, group: str, limit: int = 100) -> _Serving:
         dialect = (await self._out.connection.ready(None)).dialect
         options = native_of(channel.native, Subscription, _SUBSCRIPTION)
+        where = f"{channel.name} at {self.address}: {dialect.name}'s STOMP"
         if options.selector and not dialect.selectors:
-            raise ConfigurationError(
-                f"{channel.name} at {self.address}: {dialect.name} has no selectors; receive all and"
-                " pass over what you do not want"
-            )
+            raise ConfigurationError(f"{where} has no selectors: receive all, and pass over what you do not want")
+        if options.exclusive and not dialect.exclusive:
+            raise ConfigurationError(f"{where} has no exclusive receivers: run one, or take another address (amqp://)")
         number = str(next(self._numbers))
         if channel.replies:
             place = self._replies[channel.name] = f"{dialect.replies}{number}"
@@ -841,7 +831,7 @@ class Carrier(Transport):
             headers |= {"ack": "client-individual", dialect.prefetch: str(options.prefetch or limit * keyed)}
             if options.selector:
                 headers["selector"] = options.selector
-            if is_exclusive(channel, dialect):
+            if options.exclusive:
                 headers |= dialect.exclusive
             line = await self._line(dialect)
             subscribed = _Subscribed(number, headers | dict(options.headers))
@@ -942,13 +932,32 @@ class Carrier(Transport):
 
     @contextlib.asynccontextmanager
     async def _letters(self) -> AsyncGenerator[_Letters]:
-        line = await self._open_line(alone=True)
+        line = await self._line_of_letters()
         try:
             letters = _Letters(line)
             await letters.open()
             yield letters
         finally:
             await line.close()  # which gives back what was not taken, in its place
+
+    async def _line_of_letters(self) -> _Line:
+        """A line that looks at the dead letters alone, as far as the queue itself does not see to that."""
+        lock = (await self._out.connection.ready(None)).dialect.dead_lock
+        give_up = self.clock.now() + LETTERS_SECONDS
+        while True:
+            line = await self._open_line(alone=True)
+            if not lock:
+                return line
+            queue = {"durable": "false", "auto-delete": "true", "exclusive": "true"}
+            try:
+                await line.subscribe(_Subscribed("lock", {"destination": lock, "ack": "auto"} | queue))
+            except BaseException as error:
+                await line.close()
+                if not isinstance(error, Refusal) or self.clock.now() > give_up:
+                    raise
+                await self.clock.sleep(LETTERS_PAUSE)
+            else:
+                return line
 
 
 class _Letters:

@@ -68,12 +68,14 @@ _ID, _, _SENDER, _VERSION, _KEY, _, _, _STATUS = FIELDS.values()
 
 
 class Dialect(Struct, frozen=True, kw_only=True):
-    """What one broker makes of STOMP. In destinations {channel} and {group} stand for their names, percent-encoded
-    ({group} without a dot), in headers for the names as they are."""
+    """What one broker makes of STOMP. {channel} and {group} stand for their names: in a destination as `in_path` writes
+    them, in a header as `in_header` does."""
 
     name: str
     server: str
     """How the server header of its CONNECTED begins."""
+    escapes_all: bool
+    """Of names all but letters, digits and ._-~ is percent-encoded, of groups' names the dot too; else only / and %."""
     queue: str = "/queue/{channel}"
     """Where what one receiver is to get is sent, and received."""
     events: str
@@ -86,27 +88,41 @@ class Dialect(Struct, frozen=True, kw_only=True):
     """and where a copy for this one group is sent."""
     dead: str
     """Where dead letters are kept."""
-    prefetch: str
-    """The header of SUBSCRIBE that bounds what is delivered and not yet acknowledged."""
-    exclusive: Mapping[str, str]
-    """Headers of SUBSCRIBE by which only one of several receivers is served at a time."""
-    exclusive_sent: bool = False
-    """They belong to the queue, so that who may create it by a SEND writes them as well."""
-    key: str = ""
-    """The header that keeps messages of one value with one receiver; without it a keyed channel is exclusive."""
-    expiration: str = ""
-    """The header that tells how many milliseconds a message lives; without it `expires` tells until when."""
-    transactions: bool
-    """SEND and ACK take effect together, and many of them for the price of one."""
+    dead_lock: str = ""
+    """A queue that only one connection can have, where there is no `exclusive`: it looks at the dead letters alone."""
     replies: str
     """The temporary destination for replies, with a name of ours behind it."""
     replies_subscribed: bool
     """It is subscribed to; else a SEND that names it as its reply-to does that."""
+    prefetch: str
+    """The header of SUBSCRIBE that bounds what is delivered and not yet acknowledged."""
+    exclusive: Mapping[str, str] = {}
+    """Headers of SUBSCRIBE by which only one of several receivers is served at a time; none where it cannot do that."""
+    key: str = ""
+    """The header that keeps messages of one value with one receiver; without it there is no order of several."""
+    expiration: str = ""
+    """The header that tells how many milliseconds a message lives; without it `expires` tells until when."""
+    hangs_up: bool
+    """After an ERROR, and often without saying to which frame, it ends the connection."""
+    transactions: bool
+    """SEND and ACK take effect together, and many of them for the price of one."""
     unsubscribe_returns: bool
     """UNSUBSCRIBE gives back what was delivered and not acknowledged; else only the end of the connection does."""
     selectors: bool
     scheduler: bool
     """It may be able to delay a message; else it waits in a queue of its own, until its time to live is over."""
+
+    def in_path(self, name: str) -> str:
+        """A name as part of a destination."""
+        return quote(name, safe="") if self.escapes_all else self.in_header(name).replace("/", "%2F")
+
+    def in_header(self, name: str) -> str:
+        """The name of a queue where it is the value of a header."""
+        return name.replace("%", "%25")  # %2F would come out as / there
+
+    def group_in_path(self, group: str) -> str:
+        name = self.in_path(group)
+        return name.replace(".", "%2E") if self.escapes_all else name
 
 
 DIALECTS: Final = {
@@ -115,16 +131,18 @@ DIALECTS: Final = {
         Dialect(
             name="activemq",
             server="ActiveMQ/",
+            escapes_all=True,
             events="/topic/VirtualTopic.{channel}",
             group="/queue/Consumer.{group}.VirtualTopic.{channel}",
             copy="/queue/Consumer.{group}.VirtualTopic.{channel}",
             dead="/queue/quintet.dead",
+            replies="/temp-topic/",  # costs the broker less than a queue
+            replies_subscribed=True,
             prefetch="activemq.prefetchSize",
             exclusive={"activemq.exclusive": "true"},
             key="JMSXGroupID",
+            hangs_up=False,
             transactions=True,
-            replies="/temp-topic/",  # costs the broker less than a queue
-            replies_subscribed=True,
             unsubscribe_returns=True,
             selectors=True,
             scheduler=True,
@@ -132,18 +150,19 @@ DIALECTS: Final = {
         Dialect(
             name="rabbitmq",
             server="RabbitMQ/",
+            escapes_all=False,
             events="/topic/{channel}",
             group="/topic/{channel}",
             group_headers={"durable": "true", "auto-delete": "false", "x-queue-name": "{channel}@{group}"},
             copy="/amq/queue/{channel}@{group}",
             dead="/queue/quintet.dead.stomp",  # over AMQP quintet.dead is a queue that STOMP cannot declare alike
-            prefetch="prefetch-count",
-            exclusive={"x-single-active-consumer": "true"},
-            exclusive_sent=True,
-            expiration="expiration",
-            transactions=False,
+            dead_lock="/queue/quintet.dead.lock",
             replies="/temp-queue/",
             replies_subscribed=False,
+            prefetch="prefetch-count",
+            expiration="expiration",
+            hangs_up=True,
+            transactions=False,
             unsubscribe_returns=False,
             selectors=False,
             scheduler=False,
@@ -158,38 +177,33 @@ def destination(dialect: Dialect, channel: Channel, group: str = "") -> str:
     if channel.name == DEAD:
         return dialect.dead
     if channel.temporary:
-        return channel.name if channel.name.startswith("/") else TEMPORARY + quoted(channel.name)
+        return channel.name if channel.name.startswith("/") else TEMPORARY + dialect.in_path(channel.name)
     form = dialect.queue if not channel.fanout else dialect.copy if group else dialect.events
-    return form.format(channel=quoted(channel.name), group=quoted(group).replace(".", "%2E"))
+    return form.format(channel=dialect.in_path(channel.name), group=dialect.group_in_path(group))
 
 
 def subscription(dialect: Dialect, channel: Channel, group: str) -> dict[str, str]:
     """The headers of SUBSCRIBE by which a group receives the channel."""
     if not channel.fanout or channel.temporary:
         form = dialect.events if channel.fanout else TEMPORARY + "{channel}" if channel.temporary else dialect.queue
-        return {"destination": form.format(channel=quoted(channel.name))}
-    return {
-        "destination": dialect.group.format(channel=quoted(channel.name), group=quoted(group).replace(".", "%2E")),
-        **{name: value.format(channel=channel.name, group=group) for name, value in dialect.group_headers.items()},
-    }
+        return {"destination": form.format(channel=dialect.in_path(channel.name))}
+    path = {"channel": dialect.in_path(channel.name), "group": dialect.group_in_path(group)}
+    named = {"channel": dialect.in_header(channel.name), "group": dialect.in_header(group)}
+    headers = {name: value.format(**named) for name, value in dialect.group_headers.items()}
+    return {"destination": dialect.group.format(**path), **headers}
 
 
 def waiting_room(dialect: Dialect, channel: Channel, group: str, after: float) -> dict[str, str]:
     """The headers of a SEND into a queue where a message lives for about so many seconds and then goes to the group."""
-    queue = dialect.group_headers["x-queue-name"].format(channel=channel.name, group=group) if group else channel.name
+    queue = f"{channel.name}@{group}" if channel.fanout else channel.name
     wait = next(wait for wait in _WAITS if wait >= min(after * 1000, _WAITS[-1]))
     return {
-        "destination": dialect.queue.format(channel=quoted(f"quintet.again.{wait}.{queue}")),
+        "destination": dialect.queue.format(channel=dialect.in_path(f"quintet.again.{wait}.{queue}")),
         "persistent": "true",
         "x-message-ttl": str(wait),
         "x-dead-letter-exchange": "",
-        "x-dead-letter-routing-key": queue,
+        "x-dead-letter-routing-key": dialect.in_header(queue),
     }
-
-
-def quoted(name: str) -> str:
-    """A name as part of a destination: other than letters, digits and ._-~ percent-encoded."""
-    return quote(name, safe="")
 
 
 def headers_of(message: Message, dialect: Dialect, clock: Clock, *, durable: bool, keyed: bool) -> dict[str, str]:
