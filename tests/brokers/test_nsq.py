@@ -99,11 +99,13 @@ async def synced(daemon: Daemon, queue: str) -> None:
 
 
 class Daemon:
-    """One nsqd or nsqlookupd at ports of its own, with its data in a folder."""
+    """One nsqd or nsqlookupd at ports of its own, its data in a folder; `apart`: its HTTP is not where one guesses."""
 
-    def __init__(self, program: str, folder: Path, **options: object) -> None:
+    def __init__(self, program: str, folder: Path, *, apart: bool = False, **options: object) -> None:
         self._program, self.folder = program, folder
         self.tcp, self.http_port = two_ports()
+        if apart:
+            self.http_port = two_ports()[0]
         self.http = f"http://127.0.0.1:{self.http_port}"
         self.address = f"nsq://127.0.0.1:{self.tcp}"
         self._options = {
@@ -559,25 +561,35 @@ async def test_tls_is_verified_and_may_be_demanded_on_either_side(daemon: Any, b
             await bare.send(message(channel, b"open"))
 
 
-async def test_a_secret_opens_the_door(daemon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def judge(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked = await reader.readuntil(b"\r\n\r\n")
-        allowed = [{"topic": ".*", "channels": [".*"], "permissions": ["subscribe", "publish"]}]
-        rights = allowed if b"secret=open-sesame" in asked else []
+@asynccontextmanager
+async def judge(**topics: str) -> AsyncGenerator[str]:
+    """A server that tells nsqd which topics a secret opens."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = (await reader.readuntil(b"\r\n\r\n")).decode()
+        rights = [
+            {"topic": topic, "channels": [".*"], "permissions": ["subscribe", "publish"]}
+            for secret, topic in topics.items()
+            if f"secret={secret}&" in asked
+        ]
         body = json.dumps({"ttl": 60, "identity": "test", "authorizations": rights}).encode()
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
         writer.close()
 
-    server = await asyncio.start_server(judge, "127.0.0.1", 0)
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
-        port = server.sockets[0].getsockname()[1]
-        own = await asyncio.to_thread(daemon, auth_http_address=f"127.0.0.1:{port}")
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_a_secret_opens_the_door(daemon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with judge(sesame=".*") as address:
+        own = await asyncio.to_thread(daemon, auth_http_address=address)
         receiver, at = Receiver(), f"127.0.0.1:{own.tcp}"
-        async with opened(f"nsq://:open-sesame@{at}") as (here,):
+        async with opened(f"nsq://:sesame@{at}") as (here,):
             await here.serve(QUEUE, receiver, "")
             await here.send(message(QUEUE, b"in"))
             await came(receiver, 1)
-        monkeypatch.setenv("QUINTET_NSQ_PASSWORD", "open-sesame")
+        monkeypatch.setenv("QUINTET_NSQ_PASSWORD", "sesame")
         async with opened(f"nsq://{at}") as (here,):
             await here.send(message(QUEUE, b"in, too"))
         monkeypatch.delenv("QUINTET_NSQ_PASSWORD")
@@ -585,6 +597,21 @@ async def test_a_secret_opens_the_door(daemon: Any, monkeypatch: pytest.MonkeyPa
             await open_address(f"nsq://{at}").open()
         with pytest.raises(Refused, match="E_UNAUTHORIZED"):
             await open_address(f"nsq://:guess@{at}").open()
+
+
+async def test_a_letter_that_may_not_be_written_leaves_its_message_where_it_was(daemon: Any) -> None:
+    async with judge(sesame=r"trips\..*") as address:
+        own = await asyncio.to_thread(daemon, auth_http_address=address)
+        receiver = Receiver(Dead("hopeless"))
+        async with opened(f"nsq://:sesame@127.0.0.1:{own.tcp}") as (here,):
+            await here.serve(QUEUE, receiver, "")
+            await here.send(message(QUEUE, b"dies"))
+            await came(receiver, 1)
+            await until(lambda: channels(own.http, QUEUE.name)["work"]["deferred_count"] == 1, "it was not put back")
+            with pytest.raises(Unavailable, match="may not be made"):
+                await here.send(message(Channel("other.v1.thing", durable=True)))
+            await here.send(message(QUEUE, b"lives"))
+            await came(receiver, 2)
 
 
 async def test_what_is_no_nsqd_is_told(broker: Brokers) -> None:
@@ -666,11 +693,9 @@ async def test_a_foreign_message_may_die_and_be_replayed(daemon: Any) -> None:
         assert (receiver.messages[1].id, receiver.messages[1].attempt) == (one.message.id, 1)
 
 
-async def test_without_http_what_needs_it_says_so_and_the_rest_works(daemon: Any, broker: Brokers) -> None:
-    own = daemon()
+async def test_without_http_what_needs_it_says_so_and_the_rest_works(daemon: Any) -> None:
+    own = daemon(apart=True)
     async with opened(own.address) as (here,):
-        here._https.clear()  # as where it listens elsewhere
-        here._guesses = {host: (asyncio.create_task(asyncio.sleep(0)), time.monotonic()) for host in here.hosts}
         with pytest.raises(TransportError, match=r"write \?http=host:port"):
             await here.channels()
         with pytest.raises(TransportError, match=r"write \?http=host:port"):
@@ -681,6 +706,10 @@ async def test_without_http_what_needs_it_says_so_and_the_rest_works(daemon: Any
         await here.send(message(EVENT, b"shown"))
         await came(receiver, 1)
         assert await here.dead() == []
+        assert not findings(await here.examine())["nsqd's HTTP"].well
+    async with opened(f"{own.address}?http=127.0.0.1:{own.http_port}") as (here,):
+        await here.serve(QUEUE, Receiver(), "")
+        assert QUEUE.name in {state.channel for state in await here.channels()}
 
 
 async def test_a_tail_outlives_its_nsqd(daemon: Any) -> None:
@@ -692,9 +721,10 @@ async def test_a_tail_outlives_its_nsqd(daemon: Any) -> None:
         await until(watched, "nothing is watched")
         await here.send(message(EVENT, b"1"))
         assert (await asyncio.wait_for(anext(tail), 10)).body == b"1"
+        before = here.native
         own.kill()
         own.start()
-        await until(lambda: here.connected and watched(), "not connected again")
+        await until(lambda: sends_by(here) not in (before, None) and watched(), "not connected again")
         await here.send(message(EVENT, b"2"))
         async with asyncio.timeout(10):
             while (await anext(tail)).body != b"2":

@@ -21,7 +21,7 @@ from urllib.parse import urlencode, urlsplit
 from msgspec import Struct, structs
 
 from quintet.clock import SYSTEM, Clock, Handle
-from quintet.connection import FAREWELL_SECONDS, TLS_OPTIONS, Connection, credentials, tls
+from quintet.connection import FAREWELL_SECONDS, TLS_OPTIONS, Connection, Refused, credentials, tls
 from quintet.errors import (
     AddressError,
     CallError,
@@ -47,7 +47,7 @@ from quintet.transport import (
 from quintet.wire import nsq as wire
 from quintet.wire import nsq_http as http
 from quintet.wire.names import DEAD, FAILED_AT
-from quintet.wire.nsq_session import NSQ, Delivery, Profile, User
+from quintet.wire.nsq_session import NSQ, Delivery, Denied, Profile, User
 
 WORK: Final = "work"
 """NSQ's channel of a point-to-point channel's topic: whoever serves it shares it."""
@@ -81,6 +81,7 @@ SWEEP = 60.0
 TAIL_POLL = 0.25  # seconds between two looks for new topics
 TAIL_STEP = 64  # topics that are subscribed to at once
 TAIL_KEPT = 10_000  # messages that one tail may lag behind; the oldest go first
+REOPEN_PAUSE = 1.0  # seconds until an nsqd that was away at the start is tried again
 INSIST_PAUSE = 0.1  # seconds until a copy that was not accepted is sent again
 REFUSED_AFTER = 60.0  # seconds until a message comes again whose copy nsqd will not have
 HTTP_SECONDS = 5.0
@@ -230,7 +231,7 @@ class _Tap(User):
                 with contextlib.suppress(QuintetError):
                     await self.open()
                     return
-                await self._clock.sleep(INSIST_PAUSE)
+                await self._clock.sleep(REOPEN_PAUSE)
 
         self._opening = asyncio.get_running_loop().create_task(insist())
 
@@ -763,13 +764,10 @@ def _plain(prefix: str) -> str:
 async def _http(url: str, method: str = "GET", seconds: float = HTTP_SECONDS) -> bytes:
     """The body of a good answer. Raises TransportError."""
     parts = urlsplit(url)
-    secured = parts.scheme == "https"
     answer = bytearray()
     try:
         async with asyncio.timeout(seconds):
-            reader, writer = await asyncio.open_connection(
-                parts.hostname, parts.port or (443 if secured else 80), ssl=secured or None
-            )
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
             try:
                 writer.write(http.request(url, method))
                 while (piece := await reader.read(1 << 16)) and len(answer) <= http.LARGEST:
@@ -848,19 +846,14 @@ class _Accepted:
         return taken
 
 
+_OPTIONS: Final = frozenset({"tls", "deflate", "snappy", "http", "poll", "heartbeat", "largest"})
+
+
 class Carrier(Transport):
     """`nsq://[:secret@]host:4150[,host2]?http=host:4151`, `nsq+lookup://host:4161[,host2]`; `nsqs` for TLS."""
 
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.FANOUT, Trait.DURABLE, Trait.REDELIVERS, Trait.DELAYS})
-    options: ClassVar[frozenset[str]] = TLS_OPTIONS | {
-        "tls",
-        "deflate",
-        "snappy",
-        "http",
-        "poll",
-        "heartbeat",
-        "largest",
-    }
+    options: ClassVar[frozenset[str]] = TLS_OPTIONS | _OPTIONS
     variants: ClassVar[frozenset[str]] = frozenset({"lookup"})
 
     def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
@@ -891,7 +884,8 @@ class Carrier(Transport):
         self._lookups = [_url(host or "127.0.0.1", port or LOOKUP_PORT) for host, port in address.hosts]
         self._by_lookup = variant == "lookup"
         self.hosts: list[Host] = [(host or "127.0.0.1", port or PORT) for host, port in address.hosts]
-        self._https: dict[Host, str] = _https(address, self.hosts)
+        # where nsqd answers HTTP
+        self._bases: dict[Host, str] = _bases(address, self.hosts)
         self._guesses: dict[Host, tuple[asyncio.Task[None], float]] = {}  # where HTTP may be, and when that was asked
         self._publishing = _Publishing(self)
         self._connection: _Line | None = None
@@ -1031,7 +1025,7 @@ class Carrier(Transport):
                 if topic not in session.declared:
                     await self._once(session, topic, self._declare(self._host(), topic, channel))
                 await session.publish(topic, body)
-            except TooLarge:
+            except (TooLarge, Denied):
                 raise
             except CallError:
                 await self.clock.sleep(INSIST_PAUSE)
@@ -1072,7 +1066,7 @@ class Carrier(Transport):
         """Before the first message to a topic: it must not get lost, nor be kept for a group that comes later."""
         host = self._host()
         await self._declare(host, topic, channel)
-        if host in self._https:
+        if host in self._bases:
             with contextlib.suppress(TransportError):  # who sends does not suffer from who watches
                 await self._show(host, topic)
 
@@ -1100,6 +1094,8 @@ class Carrier(Transport):
             task.add_done_callback(declared)
         try:
             await asyncio.shield(self._declaring[key])
+        except Refused as error:
+            raise Denied(f"not sent: topic {topic} may not be made: {error}") from error
         except TransportError as error:
             raise Unavailable(f"not sent: topic {topic} could not be made: {error}") from error
 
@@ -1205,7 +1201,7 @@ class Carrier(Transport):
                     found[one.broadcast_address, one.tcp_port] = base
         if len(errors) == len(outcomes):
             raise Unavailable(f"{self.address}: no lookup daemon answers: {errors[0]}") from errors[0]
-        self._https.update(found)
+        self._bases.update(found)
         return list(found)
 
     async def _poll(self) -> None:
@@ -1229,13 +1225,13 @@ class Carrier(Transport):
 
     async def http_of(self, host: Host) -> str | None:
         """Where nsqd answers HTTP: as an address or lookup daemon says, else one port above, where that is its own."""
-        if host not in self._https:
+        if host not in self._bases:
             guess, since = self._guesses.get(host, (None, 0.0))
             if guess is None or (guess.done() and self.clock.now() - since > SWEEP):
                 guess = asyncio.get_running_loop().create_task(self._guess(host))
                 self._guesses[host] = (guess, self.clock.now())
             await asyncio.shield(guess)
-        return self._https.get(host)
+        return self._bases.get(host)
 
     async def _look_for_http(self, host: Host) -> None:
         await self.http_of(host)
@@ -1244,7 +1240,7 @@ class Carrier(Transport):
         base = _url(host[0], host[1] + 1)
         with contextlib.suppress(TransportError):
             if (await _fetch(f"{base}/info", http.Info, GUESS_SECONDS)).tcp_port == host[1]:
-                self._https[host] = base
+                self._bases[host] = base
 
     async def started(self, host: Host) -> float | None:
         """When this nsqd was started, in seconds of the wall clock; None where it does not tell."""
@@ -1258,7 +1254,7 @@ class Carrier(Transport):
 
     async def remove(self, host: Host, topic: str, channel: str = "") -> None:
         """A topic or channel that nobody holds any more; where that cannot be done the sweeping of others does it."""
-        base = self._https.get(host)
+        base = self._bases.get(host)
         if base is not None and not channel.endswith("#ephemeral"):
             kind = "channel" if channel else "topic"
             with contextlib.suppress(TransportError):
@@ -1448,10 +1444,9 @@ class Carrier(Transport):
     async def examine(self) -> Sequence[Finding]:
         session, host = self.native, self._host()
         limits = session.limits
-        offers = [name for name in ("tls_v1", "deflate", "snappy") if getattr(limits, name)]
         findings = [
             Finding("version", f"nsqd {limits.version} at {host[0]}:{host[1]}"),
-            Finding("secured", "by TLS" if "tls_v1" in offers else "no: write nsqs://, or ?tls=on", "tls_v1" in offers),
+            Finding("secured", "by TLS" if limits.tls_v1 else "no: write nsqs://, where nsqd has a certificate"),
             Finding("signed in", "with a secret" if limits.auth_required else "nsqd asks for no secret"),
             Finding("in flight", f"at most {limits.max_rdy_count} messages for one connection"),
             Finding(
@@ -1518,10 +1513,13 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _https(address: Address, hosts: Sequence[Host]) -> dict[Host, str]:
-    """The HTTP addresses of the nsqds, as far as `?http=` names them."""
-    text = address.options.get("http", "")
-    named = text.split(",") if text else []
-    if named and len(named) != len(hosts):
+def _bases(address: Address, hosts: Sequence[Host]) -> dict[Host, str]:
+    """Where the nsqds answer HTTP, as far as `?http=` says so."""
+    named = [urlsplit(f"//{one.removeprefix('http://')}") for one in address.options.get("http", "").split(",") if one]
+    try:
+        bases = [_url(one.hostname or "", one.port or PORT + 1) for one in named]
+    except ValueError:
+        bases = []
+    if len(bases) != len(named) or len(bases) not in (0, len(hosts)):
         raise AddressError(f"{address}: option http must name one host:port for each nsqd, with commas between")
-    return {host: one.rstrip("/") if "://" in one else f"http://{one}" for host, one in zip(hosts, named, strict=False)}
+    return dict(zip(hosts, bases, strict=False))

@@ -280,6 +280,10 @@ class NSQ(Session):
         self._user.gone(self)
 
 
+class Denied(Unavailable):
+    """nsqd will not do that, and hangs up: to ask again is no use."""
+
+
 def refusal(failure: nsq.Failure) -> CallError:
     """An error of nsqd as one of ours: the one door."""
     code, text = failure.code, failure.text
@@ -290,4 +294,4 @@ def refusal(failure: nsq.Failure) -> CallError:
         return Overloaded(says, safety=Safety.UNKNOWN)  # some of them may be on disk
     if code in ("E_PUB_FAILED", "E_DPUB_FAILED"):
         return Overloaded(says)
-    return Unavailable(says)
+    return Denied(says)
