@@ -7,8 +7,10 @@ of itself it says on standard output, one line of JSON for each line that it is 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
+import re
 import select
 import shutil
 import statistics
@@ -29,6 +31,7 @@ from benchmarks.figure import Figure, at_least, at_most
 
 CHECKOUT = Path(__file__).parents[1]
 FOLDER = CHECKOUT / ".brokers" / "bench"  # on the disk where the tests' brokers have theirs, too
+SAID = FOLDER / "said"  # what the sides wrote to standard error
 OURS = "Quintet"
 ALONE = "Quintet's transport alone"
 MANY = 256  # outstanding, and what a receiver may have in hand
@@ -218,7 +221,7 @@ class Process:
     def __init__(self, module: str, question: str, peer: str, role: str, at: At, stay: ExitStack) -> None:
         self.name = f"{peer}, {question} {role}"
         where = msgspec.json.encode(at).decode()
-        self._said = stay.enter_context((FOLDER / f"{question} {peer} {role} {at.large}.log").open("w+"))
+        self._said = stay.enter_context((SAID / f"{question} {peer} {role}.log").open("w+"))
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, question, peer, role, where],
             stdin=subprocess.PIPE,
@@ -312,13 +315,31 @@ def _script(command: str, *names: str) -> subprocess.CompletedProcess[str]:
 def installed() -> str:
     """The brokers of this machine and their versions, and which of them it lacks."""
     status = _script("status", "rabbitmq", "activemq", "kafka", "nsq")
-    lines = [line.partition("  not running")[0].split(maxsplit=1) for line in status.stdout.splitlines()]
-    return ", ".join(" ".join(line) for line in lines) or f"none, {status.stderr.strip()}"
+    found = [re.split(" {2,}", re.sub(" +", " ", line, count=1))[0] for line in status.stdout.splitlines()]
+    return ", ".join(found) or f"none, {status.stderr.strip()}"
 
 
 @contextmanager
 def broker(name: str) -> Iterator[Broker]:
     """A fresh broker with a folder of its own: no other's queues, and no other's messages. Raises Missing."""
+    with _alone():
+        yield from _broker(name)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Two measurements at a time would spoil each other."""
+    SAID.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "measuring").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for another measurement to end ...", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _broker(name: str) -> Iterator[Broker]:
     _script("down", name)  # of a measurement that was broken off
     shutil.rmtree(FOLDER / name, ignore_errors=True)
     try:
@@ -399,10 +420,11 @@ def compare(
             at = At(broker.entry["address"], f"bench.{question}.{_word(peer)}")
             with _watched(rates, peer):
                 pairs[peer] = pair = Pair(module, question, peer, at, stay)
-                begun = pair.send(max(levels), warm)
-                sent = begun["ended"] - begun["begun"]
-                took = pair.handled()["last"] - begun["begun"] if handled else sent
-                times[peer] = seconds * min(1.0, sent / took)  # what is slower to hear than to tell is told less
+                share = _share(pair, max(levels), 0.05) if handled else 1.0
+                times[peer] = seconds * share
+                pair.send(max(levels), warm * share)
+                if handled:
+                    pair.handled()
         for many in [many for _ in range(rounds) for many in levels]:
             for peer, pair in pairs.items():
                 if peer in rates.failed:
@@ -419,6 +441,12 @@ def compare(
     for peer, (count, *spent) in costs.items():
         rates.work[peer] = Side(*(one / count * 1e6 for one in spent)) if count else Side()
     return rates
+
+
+def _share(pair: Pair, outstanding: int, seconds: float) -> float:
+    """What is slower to hear than to tell is told for so much of the time only, or a round would never end."""
+    sent = pair.send(outstanding, seconds)
+    return float(min(1.0, (sent["ended"] - sent["begun"]) / (pair.handled()["last"] - sent["begun"])))
 
 
 @contextmanager
