@@ -649,8 +649,8 @@ class Standing:
     def wall(self) -> float:
         return 1_700_000_000.0
 
-    def from_wall(self, wall: float) -> float:
-        return 100.0 + wall - 1_700_000_000.0
+    def from_wall(self, wall: float | None) -> float | None:
+        return None if wall is None else 100.0 + wall - 1_700_000_000.0
 
 
 CLOCK: Any = Standing()

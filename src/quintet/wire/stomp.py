@@ -33,6 +33,7 @@ BEAT: Final = b"\n"
 
 _EOLS = re.compile(rb"[\r\n]*")
 _LENGTH = re.compile(r"[0-9]{1,18}")
+_COLON = "\\c"
 _SEQUENCE = re.compile(r"\\(.?)", re.DOTALL)
 _TO_PLAIN = {
     "1.1": {"\\": "\\", "c": ":", "n": "\n"},
@@ -81,7 +82,9 @@ class Parser:
         try:
             while start < size:
                 if data[start] in b"\r\n":
-                    start = _end(_EOLS, data, start)
+                    start += 1  # mostly there is one, but who sends a million of them shall not take our time
+                    if start < size and data[start] in b"\r\n":
+                        start = _end(_EOLS, data, start)
                     continue
                 end = data.find(b"\n\n", start)
                 head, body = data[start:end], end + 2
@@ -148,7 +151,7 @@ class Parser:
         for line in lines:
             name, value = line.split(":", 1)
             if headers[name] == value and name not in plain:
-                meant = value.replace("\\c", ":")
+                meant = value.replace("\\c", ":")  # which the ids of brokers are full of
                 plain[name] = meant if "\\" not in meant else _plain(value, self.version)
         for name, value in plain.items():
             if "\\" in name:
@@ -220,11 +223,15 @@ def encode(version: str, command: str, headers: Mapping[str, str], body: bytes =
 def encode_rest(version: str, command: str, headers: Mapping[str, str], body: bytes = b"", written: str = "") -> bytes:
     """What stands behind a frame's command. `written`: lines of headers, escaped already, that are to stand first.
     Raises ValueError as `encode` does."""
-    count = len(headers)
     head = "".join([f"{name}:{value}\n" for name, value in headers.items()])
-    plain = head.count(":") == count and head.count("\n") == count and "\\" not in head and "\r" not in head
-    if not plain:  # something in it needs a second look, which is rare
+    count = len(headers)
+    if head.count("\n") != count or "\\" in head or "\r" in head:
         head = _lines(version if command not in GREETINGS else "", headers)
+    elif head.count(":") != count:  # nothing else in it needs a second look
+        if version not in _TO_PLAIN or command in GREETINGS or ":" in "".join(headers):
+            head = _lines(version if command not in GREETINGS else "", headers)
+        else:
+            head = "".join([f"{name}:{value.replace(':', _COLON)}\n" for name, value in headers.items()])
     if command in WITH_BODY:
         head = f"{head}content-length:{len(body)}\n"
     return b"%b\n%b\0" % (f"{written}{head}".encode(), body)

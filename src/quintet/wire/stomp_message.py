@@ -22,6 +22,7 @@ Beside them: persistent (true where the channel is durable), priority (of `Publi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import filterfalse
 from typing import Final
 from urllib.parse import quote, unquote
 
@@ -249,9 +250,9 @@ def headers_of(message: Message, dialect: Dialect, clock: Clock, *, durable: boo
 def message_of(headers: Mapping[str, str], body: bytes, channel: Channel, clock: Clock) -> Message:
     """The message that a frame carries, whoever sent it: what makes no sense in its headers is passed over."""
     get = headers.get
-    users = {name: value for name, value in headers.items() if name not in TAKEN}
-    for name in [name for name in users if name.startswith(USERS)]:
-        users[name.removeprefix(USERS)] = users.pop(name)
+    users: dict[str, str] = {}
+    for name in filterfalse(TAKEN.__contains__, headers):
+        users[name.removeprefix(USERS)] = headers[name]
     message = Message(
         channel=channel,
         body=body,
@@ -270,15 +271,16 @@ def message_of(headers: Mapping[str, str], body: bytes, channel: Channel, clock:
         message.reply_to = unquote(reply_to[len(TEMPORARY) :]) if named else reply_to
     if ATTEMPT in headers:
         message.attempt = max(1, int(_number(headers[ATTEMPT])))
-    wall = _number(get(DEADLINE, "")) or _number(get("expires", "")) / 1000
-    if wall:
-        message.deadline = clock.from_wall(wall)
+    if DEADLINE in headers:
+        message.deadline = clock.from_wall(_number(headers[DEADLINE]) or None)
+    elif get("expires", "0") != "0":
+        message.deadline = clock.from_wall(_number(headers["expires"]) / 1000 or None)
     return message
 
 
 def crashes(headers: Mapping[str, str]) -> int:
     """How often receivers went away in the midst of a message, as was counted so far."""
-    return max(0, int(_number(headers.get(CRASHED, ""))))
+    return max(0, int(_number(headers[CRASHED]))) if CRASHED in headers else 0
 
 
 def _number(text: str) -> float:
