@@ -17,10 +17,14 @@ from quintet import CallError, Contract, Safety, Service, Store, current, event,
 
 FOLDER = Path(os.environ["CHAOS_FOLDER"])
 WANTED = int(os.environ.get("CHAOS_MESSAGES", "20000"))
+KIND = os.environ.get("CHAOS_KIND", "")
+"""Part of the contracts' names: RabbitMQ's queues of AMQP and of STOMP are not of one kind."""
 OUTSTANDING = 64
 """Sends that wait for their confirmation at the same time, of each style."""
 PATIENT = 5.0
 """Seconds that a send waits for its confirmation: longer than by default, as who wants its messages delivered would."""
+PAUSE = 0.05
+"""Seconds between two messages of each, so that all of them are not over before the last kill."""
 STEP = 500
 """The sender says so each time that so many more are confirmed."""
 
@@ -41,7 +45,7 @@ def read(name: str, folder: Path = FOLDER) -> list[list[str]]:
     return [line.split() for line in file.read_text().splitlines()] if file.exists() else []
 
 
-class Ledger(Contract, name="ledger"):
+class Ledger(Contract, name=f"ledger{KIND}"):
     @notification
     async def entered(self, number: int) -> None: ...
 
@@ -49,7 +53,7 @@ class Ledger(Contract, name="ledger"):
     async def echo(self, number: int) -> int: ...
 
 
-class News(Contract, name="news"):
+class News(Contract, name=f"news{KIND}"):
     @event
     async def happened(self, number: int) -> None: ...
 
@@ -135,6 +139,7 @@ async def send_all() -> None:
     async def one_after_another(numbers: Iterator[int]) -> None:
         for number in numbers:
             await send(number)
+            await asyncio.sleep(PAUSE)
 
     async def ask() -> None:
         """A request at a time: however the broker ends, each ends within its time-out."""
