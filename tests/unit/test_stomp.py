@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -280,7 +281,7 @@ async def test_requests_and_replies_ask_for_no_receipt() -> None:
 
 async def test_the_options_of_a_message_go_before_those_of_its_channel() -> None:
     async with standing() as broker, connected(broker) as carrier:
-        channel = Channel("work", durable=True, native=(Publish(priority=7, headers=(("JMSXGroupID", "a"),)),))
+        channel = Channel("work", durable=True, native=(Publish(priority=7, headers={"JMSXGroupID": "a"}),))
         await carrier.send(Message(channel=channel))
         await carrier.send(Message(channel=Channel("work"), native=(Publish(priority=0),)))
         first, second = await broker.got("SEND", 2)
@@ -526,9 +527,9 @@ def test_an_address_that_makes_no_sense_is_refused(address: str, sentence: str) 
     ("make", "sentence"),
     [
         (lambda: Publish(priority=10), "priority must be 0 to 9"),
-        (lambda: Publish(headers=(("receipt", "1"),)), "the header receipt is not for you to write"),
+        (lambda: Publish(headers={"receipt": "1"}), "the header receipt is not for you to write"),
         (lambda: Subscription(prefetch=-1), "prefetch must be 1 or more"),
-        (lambda: Subscription(headers=(("ack", "auto"),)), "the header ack is not for you to write"),
+        (lambda: Subscription(headers={"ack": "auto"}), "the header ack is not for you to write"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(make: Callable[[], object], sentence: str) -> None:
@@ -574,7 +575,7 @@ async def test_options_of_a_subscription_reach_the_broker() -> None:
     async def receive(message: Message) -> Verdict:
         return DONE
 
-    options = Subscription(selector="a > 1", exclusive=True, prefetch=7, headers=(("activemq.priority", "3"),))
+    options = Subscription(selector="a > 1", exclusive=True, prefetch=7, headers={"activemq.priority": "3"})
     async with standing() as broker, connected(broker) as carrier:
         await carrier.serve(Channel("work", native=(options,)), receive, "")
         headers = broker.sent("SUBSCRIBE")[0].headers
@@ -708,3 +709,11 @@ def test_no_header_of_a_user_means_anything_to_a_broker() -> None:
     headers = headers_of(message, ACTIVEMQ, CLOCK, durable=True, keyed=False)
     assert set(headers) == {f"quintet-header-{name}" for name in TAKEN}
     assert message_of(headers, b"", WORK, CLOCK).headers == message.headers
+
+
+@pytest.mark.parametrize("dialect", [ACTIVEMQ, RABBITMQ], ids=lambda dialect: dialect.name)
+def test_the_docs_tell_where_messages_are_sent(dialect: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "stomp.md").read_text()
+    places = [dialect.queue, dialect.events, dialect.group, dialect.copy, dialect.dead, f"{dialect.replies}..."]
+    headers = [f"`{name}:{value}`" for name, value in dialect.group_headers.items()]
+    assert [place for place in (*(f"`{place}`" for place in places), *headers) if place not in page] == []

@@ -15,6 +15,7 @@ from functools import partial
 from typing import ClassVar, Final, Literal
 
 from msgspec import Struct, structs
+from msgspec.structs import force_setattr
 
 from quintet.clock import SYSTEM, Clock, Handle
 from quintet.connection import TLS_OPTIONS, Connection, Link, Lost, Refused, credentials
@@ -79,12 +80,12 @@ class Subscription(Native, frozen=True, kw_only=True):
     selector: str = ""
     exclusive: bool = False
     prefetch: int = 0
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.prefetch < 0:
             raise ConfigurationError(f"{self!r}: prefetch must be 1 or more messages, or 0 for the handlers' limit")
-        _check_headers(self, self.headers)
+        _take_headers(self, self.headers)
 
 
 class Publish(Native, frozen=True, kw_only=True):
@@ -94,12 +95,12 @@ class Publish(Native, frozen=True, kw_only=True):
     """
 
     priority: int | None = None
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.priority is not None and not 0 <= self.priority <= 9:
             raise ConfigurationError(f"{self!r}: priority must be 0 to 9")
-        _check_headers(self, self.headers)
+        _take_headers(self, self.headers)
 
     def written(self) -> dict[str, str]:
         return dict(self.headers) | ({} if self.priority is None else {"priority": str(self.priority)})
@@ -108,9 +109,11 @@ class Publish(Native, frozen=True, kw_only=True):
 _OURS = frozenset({"destination", "id", "ack", "receipt", "transaction", "content-length", "selector"})
 
 
-def _check_headers(options: Native, headers: tuple[tuple[str, str], ...]) -> None:
-    if taken := [name for name, _ in headers if name in _OURS]:
+def _take_headers(options: Native, headers: Mapping[str, str] | tuple[tuple[str, str], ...]) -> None:
+    pairs = tuple(headers.items()) if isinstance(headers, Mapping) else headers
+    if taken := [name for name, _ in pairs if name in _OURS]:
         raise ConfigurationError(f"{options!r}: the header {taken[0]} is not for you to write")
+    force_setattr(options, "headers", pairs)  # so that a channel can be hashed
 
 
 _SUBSCRIPTION, _PUBLISH = Subscription(), Publish()
