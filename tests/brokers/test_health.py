@@ -45,19 +45,20 @@ async def test_a_service_is_not_ready_while_its_broker_is_away_and_says_so(
     def told() -> list[tuple[str, str]]:
         return [(one.kind, one.subject) for one in heard if one.kind.startswith("broker")]
 
-    async def until(status: int) -> dict[str, object]:
+    async def until(status: int, count: int) -> dict[str, object]:
+        """What the page says once it has this status and so much was told."""
         async with asyncio.timeout(WITHIN):
-            while (answer := await asyncio.to_thread(ready, at))[0] != status:
+            while (answer := await asyncio.to_thread(ready, at))[0] != status or len(told()) != count:
                 await asyncio.sleep(0.05)
         return answer[1]
 
     async with serve(ledger, at=["http://127.0.0.1:0", broker.address], listener=heard.append) as (at, _):
-        assert await until(200) == {"status": "ready"}
+        assert await until(200, 0) == {"status": "ready"}
         await asyncio.to_thread(broker.kill)
         shown = broker.address.replace(":guest@", ":***@").replace(":quintet@", ":***@")
-        assert await until(503) == {"status": "disconnected", "away": [shown]}
+        assert await until(503, 1) == {"status": "disconnected", "away": [shown]}
         assert told() == [("broker-lost", shown)]
         await asyncio.to_thread(broker.start)
-        assert await until(200) == {"status": "ready"}
+        assert await until(200, 2) == {"status": "ready"}
         assert told() == [("broker-lost", shown), ("broker-back", shown)]
     assert [one.reason for one in heard if one.kind == "broker-lost"] != [""], "it says why"
