@@ -689,3 +689,23 @@ async def test_replies_may_be_listened_to_again(address: str) -> None:
             await replies.close()
         await bench.send(carrier, bench.channel(durable=True), b"1")
         assert carrier.native is before
+
+
+async def test_requests_are_seen_by_who_tails_them(address: str) -> None:
+    async with bench_at(address) as bench:
+        asking, watching, channel, receiver = await opened(bench), await opened(bench), bench.channel(), Receiver()
+        await bench.serve(watching, channel, receiver)
+        replies = Replies(asking, "test")
+        await replies.open()
+        asked = [bench.start(replies.exchange(bench.message(channel, b"unseen")))]
+        await bench.got(receiver, 1)
+        tail = watching.tail("check.*")
+        seen = bench.start(anext(tail))
+        while not seen.done():  # its clients hear of it
+            asked.append(bench.start(replies.exchange(bench.message(channel, b"seen"))))
+            await asyncio.sleep(0.02)
+        assert (await seen).body == b"seen"
+        assert (await seen).channel.name == channel.name
+        for one in asked:
+            one.cancel()
+        await replies.close()

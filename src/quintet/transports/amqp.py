@@ -43,6 +43,7 @@ from quintet.wire.amqp_session import Closed, Line, Outlet, Unroutable, Wire
 from quintet.wire.amqp_topology import (
     AGAIN,
     EXCHANGE,
+    TAILS,
     Publish,
     Queue,
     place_of,
@@ -64,6 +65,7 @@ CLOSING_SECONDS = 2.0  # for an answer, when something is closed
 AGAIN_FIRST, AGAIN_LONGEST = 0.05, 1.0  # seconds until something that the broker refused is tried once more
 ASKED_KEPT = 10_000  # requests whose loss is told to who waits for the reply; older ones have long timed out
 ROUTES_KEPT = 1000  # of those who wait for replies
+TAIL_SECONDS = 2.0  # between two times that a tail says it is there
 TAIL_KEPT = 10_000  # messages that a tail may lag behind; the oldest go first
 LETTERS_SECONDS = 2.0  # of silence after which no more dead letters are waited for
 LETTERS_SHOWN = 10_000
@@ -406,6 +408,9 @@ class Carrier(Transport):
     def tail(self, channel: str) -> _Tail:
         return _Tail(self, channel)
 
+    async def announce(self, pattern: str) -> None:
+        await (await self._publishing.ready(self.clock.now() + WITHIN)).announce(pattern)
+
     # the doctor
 
     async def examine(self) -> Sequence[Finding]:
@@ -485,6 +490,8 @@ class _Route(Struct, frozen=True):
 
     confirmed: bytes
     asking: bytes
+    watched: bytes
+    """As `asking`, by the exchange where tails see it."""
     durable: bool
     waited_for: bool
     """A request: to publish it nobody waits for a confirmation, as its reply is one."""
@@ -506,6 +513,8 @@ class _Publisher(Wire):
         self._routing: dict[Channel, asyncio.Task[_Route]] = {}
         self._replying: dict[str, bytes] = {}  # by where to
         self._listens = False
+        self._tails: dict[str, float] = {}  # patterns of who watches, and until when that holds
+        self._hears: asyncio.Task[None] | None = None
 
     async def greet(self) -> None:
         await super().greet()
@@ -566,14 +575,50 @@ class _Publisher(Wire):
                     await asyncio.gather(*self.bindings(line, place, channel))
             finally:
                 await line.close()
+        waited_for = not channel.durable and not channel.fanout
+        if waited_for:
+            await self._hear_of_tails()
         route = _Route(
             amqp.publishing(self.outlet.number, EXCHANGE, channel.name, mandatory=not channel.fanout),
-            amqp.publishing(self.plain.number, EXCHANGE, channel.name, mandatory=not channel.fanout),
+            amqp.publishing(self.plain.number, "", channel.name, mandatory=True),
+            amqp.publishing(self.plain.number, EXCHANGE, channel.name, mandatory=True),
             channel.durable,
-            not channel.durable and not channel.fanout,
+            waited_for,
         )
         self.routes[channel] = route
         return route
+
+    async def _hear_of_tails(self) -> None:
+        """From now on requests that somebody watches go where they are seen."""
+        self._hears = self._hears or self.loop.create_task(self._hear())
+        await asyncio.shield(self._hears)
+
+    async def _hear(self) -> None:
+        line, tag = await self.line(), self.tag()
+        with contextlib.suppress(Closed):  # who may declare nothing of their own are not seen
+            await self.lay_exchange(TAILS)
+            arguments = {"x-queue-type": "classic"}
+            own = await line.call("queue.declare", exclusive=True, auto_delete=True, arguments=arguments)
+            await line.call("queue.bind", queue=own.fields["queue"], exchange=TAILS)
+            self.consumers[tag.encode()] = self._heard
+            await line.call("basic.consume", queue=own.fields["queue"], consumer_tag=tag, no_ack=True)
+
+    def _heard(self, content: Content) -> None:
+        self._tails[content.body.decode("utf-8", "replace")] = self.clock.now() + 2 * TAIL_SECONDS
+
+    def _tailed(self, name: str) -> bool:
+        now = self.clock.now()
+        for pattern, until in list(self._tails.items()):
+            if until <= now:
+                del self._tails[pattern]
+        return any(_matches(pattern, name) for pattern in self._tails)
+
+    async def announce(self, pattern: str) -> None:
+        """Says that somebody watches these channels, which holds for a few seconds."""
+        await self.lay_exchange(TAILS)
+        line = await self.line()
+        line.publish(TAILS, "", Message(channel=Channel(TAILS), body=pattern.encode()))
+        await line.close()
 
     def publish(self, message: Message, route: _Route, reply_to: str) -> asyncio.Future[None]:
         outlet = self.outlet
@@ -587,7 +632,9 @@ class _Publisher(Wire):
         if len(asked) > ASKED_KEPT:
             for correlation in list(asked)[: ASKED_KEPT // 2]:
                 del asked[correlation]
-        self.link.write(self._content(message, route.asking, self.plain.number, route.durable, REPLY_TO))
+        watched = bool(self._tails) and self._tailed(message.channel.name)
+        publish = route.watched if watched else route.asking
+        self.link.write(self._content(message, publish, self.plain.number, route.durable, REPLY_TO))
 
     def drop(self, message: Message) -> None:
         """Sends to a queue that belongs to one process; without `mandatory`, as a reply to RabbitMQ's pseudo queue
@@ -968,6 +1015,11 @@ class _Tail(_Held):
         except (TransportError, CallError) as error:
             self._failed = error
             self._more.set()
+            return
+        while True:
+            with contextlib.suppress(TransportError, CallError):
+                await self.carrier.announce(self._pattern)
+            await self.carrier.clock.sleep(TAIL_SECONDS)
 
     async def subscribe(self, wire: Wire) -> None:
         words = self._pattern.split(".")
@@ -988,7 +1040,7 @@ class _Tail(_Held):
     def _take(self, subscription: _Subscription, content: Content) -> None:
         subscription.done(content.tag)
         name = content.fields["routing_key"]
-        if name == self._pattern or (self._pattern.endswith("*") and name.startswith(self._pattern[:-1])):
+        if _matches(self._pattern, name):
             self._kept.append(read(content, Channel(name), self.carrier.clock))
             self._more.set()
 
@@ -1014,6 +1066,10 @@ class _Tail(_Held):
         await self.leave()
 
     abort = aclose
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return name == pattern or (pattern.endswith("*") and name.startswith(pattern[:-1]))
 
 
 def _fresh(message: Message) -> Message:

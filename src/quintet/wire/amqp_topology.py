@@ -2,10 +2,11 @@
 
 | exchange | type | takes | to |
 |---|---|---|---|
-| `quintet` | topic | all that is sent, by the channel's name as routing key | the queues bound to that name |
+| `quintet` | topic | what is sent, by the channel's name as routing key | the queues bound to that name |
 | `quintet.delay` | headers | copies that wait, by their header `quintet-delay` | `quintet.delay.<milliseconds>` |
 | `quintet.again` | direct | what has waited, by its queue's name as routing key | that queue, else `quintet.dead` |
 | `quintet.dead` | fanout | what a queue's length or delivery limit pushed out of it | the queue `quintet.dead` |
+| `quintet.tails` | fanout | what a tail says of itself, its pattern | all who send requests |
 
 | queue | of | is |
 |---|---|---|
@@ -14,6 +15,9 @@
 | `<channel>@<group>.<...>` | a temporary group | classic and exclusive |
 | `quintet.delay.<ms>` | copies that wait so long | quorum, dead-lettered at least once to `quintet.again` |
 | `quintet.dead` | the dead letters of all channels | quorum |
+
+A request goes to its queue by the default exchange, as a topic exchange costs the broker a third of all its work for
+it; and by `quintet`, where it is seen, while somebody tails its channel.
 """
 
 from __future__ import annotations
@@ -32,10 +36,12 @@ from quintet.wire.names import DEAD
 
 EXCHANGE: Final = "quintet"
 AGAIN: Final = "quintet.again"
+TAILS: Final = "quintet.tails"
 EXCHANGES: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     EXCHANGE: ("topic", {}),
     DELAYS: ("headers", {}),
     DEAD: ("fanout", {}),
+    TAILS: ("fanout", {}),
     AGAIN: ("direct", {"alternate-exchange": DEAD}),
 }
 """Each exchange's type and arguments; all are durable."""
