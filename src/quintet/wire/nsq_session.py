@@ -7,7 +7,7 @@ import itertools
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal
 
 import msgspec
@@ -19,6 +19,7 @@ from quintet.wire import nsq
 
 SILENCE: Final = 2.4  # heart-beats that may fail to come
 BATCH: Final = 1 << 18  # bytes that go out in one MPUB
+TURN: Final = 1 << 19  # and in one turn of the loop
 
 
 class Limits(Struct):
@@ -130,23 +131,25 @@ class NSQ(Session):
         return await self.ask(data)
 
     def _flush(self) -> None:
-        batches, self._batches = self._batches, {}
-        for topic, (bodies, futures) in batches.items():
-            if len(bodies) == 1:
-                self._asked.append(futures)
-                self.write(nsq.pub(topic, bodies[0]))
-                continue
-            start = size = 0
-            for end, body in enumerate(bodies):
-                if size and size + len(body) > BATCH:
-                    self._send(topic, bodies[start:end], futures[start:end])
-                    start, size = end, 0
+        """Sends what was published in this turn; of large messages one a turn, so that the loop is not kept."""
+        batches, written = self._batches, 0
+        while batches:
+            if written > TURN:
+                self._loop.call_soon(self._flush)
+                return
+            topic = next(iter(batches))
+            bodies, futures = batches.pop(topic)
+            count = size = 0
+            for body in bodies:
+                if count and size + len(body) > BATCH:
+                    batches[topic] = (bodies[count:], futures[count:])
+                    bodies, futures = bodies[:count], futures[:count]
+                    break
                 size += len(body)
-            self._send(topic, bodies[start:], futures[start:])
-
-    def _send(self, topic: str, bodies: list[bytes], futures: list[asyncio.Future[bytes]]) -> None:
-        self._asked.append(futures)
-        self.write(nsq.pub(topic, bodies[0]) if len(bodies) == 1 else nsq.mpub(topic, bodies))
+                count += 1
+            self._asked.append(futures)
+            self.write(nsq.pub(topic, bodies[0]) if count == 1 else nsq.mpub(topic, bodies))
+            written += size
 
     # Session
 
@@ -219,22 +222,22 @@ class NSQ(Session):
         if data:
             self.link.write(self._layer.pack(data))
 
-    def received(self, data: bytes) -> None:
+    def received(self, data: bytes) -> bool:
         if self._kept is not None:
             self._kept += data
-        elif self._stepping:
+            return False
+        if self._stepping:
             for end in range(1, len(data) + 1):
                 if events := self._frames.feed(data[end - 1 : end]):
                     self._stepping, self._kept = False, data[end:]
-                    self._take(events)
-                    break
-        elif self._layer is None:
-            self._take(self._frames.feed(data))
-        else:
-            for piece in self._layer.unpack(data):
-                self._take(self._frames.feed(piece))
+                    return self._take(events)
+            return False
+        if self._layer is None:
+            return self._take(self._frames.feed(data))
+        taken = [self._take(self._frames.feed(piece)) for piece in self._layer.unpack(data)]
+        return any(taken)
 
-    def _take(self, events: Iterable[Delivery | nsq.Response | nsq.Failure]) -> None:
+    def _take(self, events: Sequence[Delivery | nsq.Response | nsq.Failure]) -> bool:
         arrived = self._user.arrived
         for event in events:
             if type(event) is Delivery:
@@ -254,6 +257,7 @@ class NSQ(Session):
                 for future in self._next():
                     if not future.done():
                         future.set_exception(error)
+        return bool(events)
 
     def _next(self) -> list[asyncio.Future[bytes]]:
         if not self._asked:
