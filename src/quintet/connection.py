@@ -27,6 +27,8 @@ STEADY_SECONDS = 1.0  # that a session must have lasted for the next attempts to
 FAREWELL_SECONDS = 1.0
 SAYS_BEFORE = 0.02  # seconds before its sender's time is up that a message is said to be not sent
 SIGN_OF_LIFE = 64  # bytes that show that the way is open, although they complete no frame; a byte a second does not
+BULK = 1 << 15  # bytes of a piece behind which there is more
+READ_IN_TURN = 1 << 19  # bytes that are read before the loop gets its turn
 UNSENT_HIGH = 1 << 20  # bytes that the socket may lag behind before senders wait
 
 TLS_OPTIONS: Final = frozenset({"ca", "cert", "certkey", "verify"})
@@ -88,6 +90,7 @@ class Link(asyncio.Protocol):
         self._room: asyncio.Future[None] | None = None  # there while the socket lags behind
         self._beats: list[Handle] = []
         self._heard = self._wrote = clock.now()
+        self._bulk = 0  # bytes that came in large pieces
 
     def __repr__(self) -> str:
         return f"<link{f', lost: {self.error}' if self._lost.done() else ''}>"
@@ -141,6 +144,12 @@ class Link(asyncio.Protocol):
         if self.session is None:
             self._early.append(data)
             return
+        if len(data) >= BULK:
+            self._bulk += len(data)
+            if self._bulk >= READ_IN_TURN:  # a loop that reads on as long as there is more keeps all others waiting
+                self._bulk = 0
+                self._transport.pause_reading()
+                self._loop.call_soon(self._read_on)
         try:
             incomplete = self.session.received(data) is False
         except Exception as error:
@@ -148,6 +157,10 @@ class Link(asyncio.Protocol):
             return
         if not incomplete or len(data) >= SIGN_OF_LIFE:
             self._heard = self._clock.now()
+
+    def _read_on(self) -> None:
+        if not self._lost.done():
+            self._transport.resume_reading()
 
     def pause_writing(self) -> None:
         self._room = self._loop.create_future()
