@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from quintet.errors import ProtocolError
 from quintet.message import Channel, Message
-from quintet.wire import nsq
+from quintet.wire import nsq, nsq_http
 from quintet.wire.nsq import Arrived, Deflate, Failure, Frames, Response, Snappy, fit, pack, unpack
 
 CHANNEL = Channel("trips.v1.arrived", fanout=True, durable=True)
@@ -308,6 +308,14 @@ def test_headers_that_make_no_sense_are_passed_over(nonsense: str) -> None:
     assert (message.attempt, deadline, message.body) == (1, None, b"body")
 
 
+def test_a_repeat_is_the_next_attempt_and_else_the_same() -> None:
+    message = Message(channel=CHANNEL, id="m", headers={"a": "b"}, body=b"body\n", attempt=2)
+    back, deadline = unpack(arrived(nsq.repeat(pack(message, 1_800_000_000.5))), CHANNEL)
+    message.attempt = 3
+    assert (back, deadline) == (message, 1_800_000_000.5)
+    assert nsq.repeat(pack(message, not_before=5.0)).startswith(nsq.DEFERRED)
+
+
 def test_the_envelope_of_a_deferred_message_is_known_by_its_beginning() -> None:
     message = Message(channel=CHANNEL, id="m", headers={"a": "b"}, body=b"body")
     deferred = pack(message, not_before=1_800_000_000.25)
@@ -315,3 +323,38 @@ def test_the_envelope_of_a_deferred_message_is_known_by_its_beginning() -> None:
     assert nsq.not_before(deferred) == 1_800_000_000.25
     assert not pack(message).startswith(nsq.DEFERRED)
     assert nsq.not_before(pack(message)) is None
+
+
+# HTTP
+
+GOOD = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n"
+
+
+def test_a_question_to_nsqd_is_asked_in_http_1_0() -> None:
+    url = nsq_http.stats_url("http://nsqd:4151", topic="trips.v1.arrived")
+    head, *headers = nsq_http.request(url).decode().split("\r\n")
+    assert head == "GET /stats?format=json&include_clients=false&include_mem=false&topic=trips.v1.arrived HTTP/1.0"
+    assert headers == ["Host: nsqd:4151", "Content-Length: 0", "", ""]
+
+
+def test_an_answer_is_read_though_go_writes_null_for_an_empty_list() -> None:
+    body = nsq_http.body_of(GOOD + b'{"topics": [{"topic_name": "t", "depth": 3, "channels": null}]}', "http://nsqd")
+    (topic,) = nsq_http.read(body, nsq_http.Stats, "http://nsqd").topics or ()
+    assert (topic.topic_name, topic.depth, topic.abandoned) == ("t", 3, True)
+    assert nsq_http.read(b'{"topics": null}', nsq_http.Stats, "").topics is None
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.0 404 Not Found\r\n\r\n", b"SSH-2.0\r\n", b"HTTP/1.0 2000 OK\r\n\r\n"]
+)
+def test_an_answer_that_is_not_good_is_told(answer: bytes) -> None:
+    with pytest.raises(ProtocolError, match="http://nsqd answered"):
+        nsq_http.body_of(answer, "http://nsqd")
+
+
+@given(st.binary())
+def test_answers_that_are_garbage_raise_nothing_but_a_protocol_error(data: bytes) -> None:
+    with contextlib.suppress(ProtocolError):
+        nsq_http.read(nsq_http.body_of(GOOD + data, "url"), nsq_http.Producers, "url")
+    with contextlib.suppress(ProtocolError):
+        nsq_http.body_of(data, "url")
