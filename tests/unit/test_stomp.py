@@ -505,6 +505,47 @@ async def test_without_a_scheduler_what_waits_is_kept_here_unacknowledged() -> N
         assert 'schedulerSupport="true"' in finding.says
 
 
+async def test_a_copy_that_the_broker_refuses_is_sent_again_and_only_then_acknowledged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("quintet.transports.stomp.REFUSED_PAUSE", 0.01)
+
+    async def receive(message: Message) -> Verdict:
+        return Dead("hopeless")
+
+    async with standing() as broker, connected(broker) as carrier:
+        broker.answer = lambda frame: error(frame, "it is full") if frame.command == "SEND" else None
+        await carrier.serve(WORK, receive, "")
+        broker.deliver({})
+        await broker.got("SEND", 3)
+        assert not broker.sent("ACK")
+        broker.answer = lambda frame: None
+        await broker.got("COMMIT")
+        assert len(broker.sent("ACK")) == 1
+        assert len(broker.sent("ABORT")) >= 3
+
+
+@pytest.mark.parametrize("verdict", [Again(0.0), Again(1.0), Dead("hopeless"), DONE], ids=repr)
+async def test_a_verdict_on_what_a_lost_connection_brought_keeps_nobody(verdict: Verdict) -> None:
+    begun, held = asyncio.Event(), asyncio.Event()
+
+    async def receive(message: Message) -> Verdict:
+        begun.set()
+        await held.wait()
+        return verdict
+
+    async with standing() as broker, connected(broker) as carrier:
+        serving = await carrier.serve(WORK, receive, "", limit=1)
+        broker.deliver({"message-id": "1"})
+        await begun.wait()
+        broker.connections[-1].transport.abort()
+        await broker.got("SUBSCRIBE", 2)
+        held.set()
+        async with asyncio.timeout(5):
+            await serving.stop()
+        assert not broker.sent("ACK")
+
+
 # Options, and what is refused at start-up
 
 

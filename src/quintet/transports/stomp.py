@@ -12,7 +12,7 @@ import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Final, Literal
+from typing import ClassVar, Final, Literal, TypeAlias
 
 from msgspec import Struct, structs
 from msgspec.structs import force_setattr
@@ -55,6 +55,7 @@ from quintet.wire.stomp_message import (
 PORT, TLS_PORT = 61613, 61614
 HEARTBEAT = 5.0  # seconds, unless ?heartbeat= says otherwise
 SILENT_BEATS = 2.0  # heart-beats that may be missing until the broker is taken for gone
+REFUSED_PAUSE = 1.0  # seconds until a copy that the broker refused is sent again
 UNSUBSCRIBE_SECONDS = 2.0  # that a broker may take for it; then it goes with the connection
 
 COMMITS: Final = 2  # transactions under way at once: what comes meanwhile goes into the next one together
@@ -64,6 +65,7 @@ BEGUN_KEPT = 1000  # ids of deliveries that are remembered, to know those that a
 WAYS_KEPT = 4096
 LETTERS_READ = 10_000  # dead letters that are looked at, the oldest
 LETTERS_SECONDS = 10.0  # that another process may keep us from looking
+PROBE_SECONDS = 5.0  # in which a scheduler that there is delivers a message
 DELAY: Final = "AMQ_SCHEDULED_DELAY"
 LETTERS_PAUSE = 0.05  # seconds until it is tried again
 SHORTEST_WAIT = 0.02  # seconds of delay that are not worth a queue of their own
@@ -178,6 +180,7 @@ class Session(BrokerSession):
         self._asking: Handle | None = None
         self._reason: Refusal | None = None  # that the broker gave when it hung up
         self._answered = True
+        self._gone: Exception | None = None  # why it is over
 
     def __repr__(self) -> str:
         return f"<session with {self.server or 'a broker'}, STOMP {self.version or '?'}>"
@@ -185,6 +188,8 @@ class Session(BrokerSession):
     async def request(self, command: str, headers: Mapping[str, str], body: bytes = b"") -> None:
         """Writes any frame and waits for its receipt. Raises Refusal where the broker answers with an error, and Lost
         where the connection broke before it answered."""
+        if self._gone is not None:
+            raise self._gone
         done: asyncio.Future[None] = self._loop.create_future()
         receipt = self._receipt(partial(_resolve, done))
         self.link.write(encode(self.version, command, {**headers, "receipt": receipt}, body))
@@ -267,6 +272,7 @@ class Session(BrokerSession):
     def lost(self, error: Exception) -> None:
         if not isinstance(error, QuintetError):  # the socket's own: whoever waits for a receipt is to get one of ours
             error = Lost(str(error) or type(error).__name__)
+        self._gone = error
         if self._asking is not None:
             self._asking.cancel()
         if not self._greeted.done():
@@ -344,13 +350,16 @@ class Session(BrokerSession):
     ) -> asyncio.Future[None]:
         """Sends a message, acknowledges a delivery if and when that is certain, and tells when it is.
 
-        Where the broker has transactions, all that is there at once goes into one: it costs one write to the disk.
-        `alone`: no transaction will do. The future fails with Refusal, Lost or _Unwritten. Raises ValueError.
+        Where the broker has transactions, all that is only sent goes into one: it costs one write to the disk. `alone`:
+        no transaction will do. The future fails with Refusal, Lost or _Unwritten. Raises ValueError.
         """
         data = encode_rest(self.version, "SEND", headers, body, way.written)
         unit = _Unit(data, self._loop.create_future(), ack, alone)
-        self._waiting.append(unit)
-        self._flush_soon()
+        if self._gone is not None:
+            unit.done.set_exception(_Unwritten())
+        else:
+            self._waiting.append(unit)
+            self._flush_soon()
         return unit.done
 
     def _lines(self, headers: Mapping[str, str]) -> str:
@@ -372,9 +381,11 @@ class Session(BrokerSession):
                 continue
             if unit.alone or not transactions:
                 self._single(unit)
-                continue
-            units.append(unit)
-            size += len(unit.data)
+            elif unit.ack:
+                self._exchange(unit)
+            else:
+                units.append(unit)
+                size += len(unit.data)
         if units:
             self._commits += 1
             self._commit(units)
@@ -382,6 +393,8 @@ class Session(BrokerSession):
             self._flush_soon()
 
     def _single(self, unit: _Unit) -> None:
+        """Sends, and acknowledges once that is certain."""
+
         def answered(error: Exception | None) -> None:
             if error is None and unit.ack:
                 self.link.write(f"ACK\n{unit.ack}\n\0".encode())
@@ -389,13 +402,33 @@ class Session(BrokerSession):
 
         self._send(unit, f"receipt:{self._receipt(answered)}\n")
 
+    def _exchange(self, unit: _Unit) -> None:
+        """Sends and acknowledges in one transaction; what is refused is not acknowledged, for that cannot be undone."""
+
+        def answered(error: Exception | None) -> None:
+            if error is None:
+                self.link.write(f"ACK\n{unit.ack}{within}\n\0".encode())
+                end = f"COMMIT\n{within}receipt:{self._receipt(partial(_resolve, unit.done))}\n\n\0"
+            else:
+                _resolve(unit.done, error)
+                end = f"ABORT\n{within}\n\0"
+            self.link.write(end.encode())
+
+        receipt = self._receipt(answered)
+        within = f"transaction:t{receipt}\n"
+        self.link.write(f"BEGIN\n{within}\n\0".encode())
+        self._send(unit, f"{within}receipt:{receipt}\n")
+
     def _commit(self, units: list[_Unit]) -> None:
+        """Sends them in one transaction."""
+
         def answered(error: Exception | None) -> None:
             self._commits -= 1
             if isinstance(error, Refusal) and len(units) > 1:  # one of them is at fault, and it undid them all
                 for unit in units:
-                    self._commits += 1
-                    self._commit([unit])
+                    if not unit.done.done():
+                        self._commits += 1
+                        self._commit([unit])
             else:
                 for unit in units:
                     _resolve(unit.done, error)
@@ -403,16 +436,14 @@ class Session(BrokerSession):
                 self._flush_soon()
 
         receipt = self._receipt(answered)
-        if len(units) == 1 and not units[0].ack:
+        if len(units) == 1:
             self._send(units[0], f"receipt:{receipt}\n")
             return
-        write, within = self.link.write, f"transaction:t{receipt}\n"
-        write(f"BEGIN\n{within}\n\0".encode())
+        within = f"transaction:t{receipt}\n"
+        self.link.write(f"BEGIN\n{within}\n\0".encode())
         for unit in units:
             self._send(unit, within)
-            if unit.ack:
-                write(f"ACK\n{unit.ack}{within}\n\0".encode())
-        write(f"COMMIT\n{within}receipt:{receipt}\n\n\0".encode())
+        self.link.write(f"COMMIT\n{within}receipt:{receipt}\n\n\0".encode())
 
     def _send(self, unit: _Unit, line: str) -> None:
         self.link.write(b"SEND\n" + line.encode())
@@ -442,7 +473,13 @@ class Session(BrokerSession):
             self._line.subscribed[probe.id] = probe
             await self.subscribe(probe)
             self.link.write(encode(self.version, "SEND", where | {DELAY: "1"}))
-        return await asyncio.shield(self._scheduler)
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                return await asyncio.shield(self._scheduler)
+        except TimeoutError:
+            if not self._scheduler.done():
+                self._scheduler.set_result(False)
+            return False
 
 
 def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
@@ -527,6 +564,10 @@ class _Delivery(Struct, eq=False):
     copy: Message | None = None  # what is handed out instead: the next attempt, of a message that has no queue
 
 
+Copy: TypeAlias = tuple[_Way, dict[str, str], bytes]
+"""A message that is to be sent in the place of a delivery: how, its headers, its body."""
+
+
 class _Serving:
     """A channel that is received: the Source of its Intake."""
 
@@ -576,10 +617,21 @@ class _Serving:
         place, before anyone begins, or what kills its receivers would do so for ever."""
         copy = self.read(delivery)
         more = {CRASHED: str(self.crashed(delivery))}
-        settled = session.together(*self._copy(session, copy, more), ack=session.ack(delivery.headers))
-        settled.add_done_callback(_heed)
+        self._settle(session, self._copy(session, copy, more), session.ack(delivery.headers))
 
-    def _copy(self, session: Session, copy: Message, more: dict[str, str]) -> tuple[_Way, dict[str, str], bytes]:
+    def _settle(self, session: Session, copy: Copy, ack: str, alone: bool = False) -> asyncio.Future[None]:
+        """Sends a copy in the place of a delivery. What the broker refuses now it may take later: until then the
+        delivery is not acknowledged."""
+
+        def settled(outcome: asyncio.Future[None]) -> None:
+            if not outcome.cancelled() and isinstance(outcome.exception(), Refusal):
+                self._later(REFUSED_PAUSE, lambda: self._settle(session, copy, ack, alone))
+
+        settling = session.together(*copy, ack=ack, alone=alone)
+        settling.add_done_callback(settled)
+        return settling
+
+    def _copy(self, session: Session, copy: Message, more: dict[str, str]) -> Copy:
         way = session.way(self.channel, self.group)
         headers = self.carrier.headers(copy, session, way) | more
         return way, session.fit(headers), copy.body
@@ -590,7 +642,7 @@ class _Serving:
         self._suspects = frozenset(self._begun)
         self.intake.forget(lambda delivery: delivery.session is session)
 
-    def _later(self, after: float, act: Callable[[], None]) -> None:
+    def _later(self, after: float, act: Callable[[], object]) -> None:
         def due() -> None:
             self._timers.discard(timer)
             act()
@@ -632,17 +684,18 @@ class _Serving:
         ack = session.ack(delivery.headers)
         with contextlib.suppress(TransportError, _Unwritten):
             if after < SHORTEST_WAIT:
-                await session.together(*self._copy(session, copy, {}), ack=ack)
+                await self._settle(session, self._copy(session, copy, {}), ack)
             elif not session.dialect.scheduler:
                 _, headers, body = self._copy(session, copy, {})
-                room = session.waiting_room(self.channel, self.group, after)
-                await session.together(room, headers, body, ack=ack)
+                await self._settle(session, (session.waiting_room(self.channel, self.group, after), headers, body), ack)
             elif await session.delays():
                 delayed = self._copy(session, copy, {DELAY: str(int(after * 1000))})
-                await session.together(*delayed, ack=ack, alone=True)  # ActiveMQ schedules behind the commit: too late
+                await self._settle(
+                    session, delayed, ack, alone=True
+                )  # it would be scheduled behind the commit: too late
             else:
                 ready = self._copy(session, copy, {})
-                self._later(after, lambda: session.together(*ready, ack=ack).add_done_callback(_heed))
+                self._later(after, lambda: self._settle(session, ready, ack))
 
     async def dead(self, delivery: _Delivery, copy: Message) -> None:
         session = delivery.session
@@ -655,7 +708,7 @@ class _Serving:
         way = session.way(DEAD_LETTERS)
         headers = session.fit(self.carrier.headers(copy, session, way))
         with contextlib.suppress(TransportError, _Unwritten):
-            await session.together(way, headers, copy.body, ack=session.ack(delivery.headers))
+            await self._settle(session, (way, headers, copy.body), session.ack(delivery.headers))
 
     def give_back(self, delivery: _Delivery) -> None:
         """It stays as it is until the subscription ends, for to free its place here would bring another one."""
@@ -679,12 +732,6 @@ class _Serving:
         self._leaving = True
         self._drop_timers()
         await self.intake.abort()
-
-
-def _heed(settled: asyncio.Future[None]) -> None:
-    """Looks at the outcome that nobody waits for: where it is bad the broker brings the message again."""
-    if not settled.cancelled():
-        settled.exception()
 
 
 # The transport

@@ -26,7 +26,7 @@ WITH_BODY: Final = frozenset({"SEND", "MESSAGE", "ERROR"})
 
 MAX_HEAD: Final = 1 << 16
 """Bytes that the command and the headers of a frame may have."""
-MAX_BODY: Final = 1 << 26
+MAX_BODY: Final = 1 << 28
 """Bytes that a body may have, unless a parser is told otherwise."""
 
 BEAT: Final = b"\n"
