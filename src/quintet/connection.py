@@ -306,6 +306,8 @@ class Connection(Generic[S]):
                 link, session = await self._connect()
             except Refused:
                 raise
+            except ssl.SSLCertVerificationError as error:
+                raise Refused(f"{self.address}: its certificate is not trusted: {error.verify_message}") from None
             except Exception as error:
                 if self._clock.now() + pause >= give_up:
                     raise Unavailable(f"{self.address}: no broker answers there: {_sentence(error)}") from error

@@ -45,7 +45,7 @@ KINDS: dict[Kind, tuple[int, str]] = {
     "dead-letter": (logging.ERROR, "a message was given up"),
     "connected": (logging.DEBUG, "a transport was opened"),
     "disconnected": (logging.DEBUG, "a transport was closed"),
-    "broker-lost": (logging.WARNING, "a broker, or an outbox's database, went away: what is sent waits, and it is looked for"),
+    "broker-lost": (logging.WARNING, "a broker, or an outbox's database, went away: what is sent waits"),
     "broker-back": (logging.WARNING, "it is back: what waited is sent, and channels are served again"),
     "draining": (logging.INFO, "a service takes no more, and ends what it has in work"),
 }

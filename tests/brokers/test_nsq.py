@@ -552,7 +552,7 @@ async def test_tls_is_verified_and_may_be_demanded_on_either_side(daemon: Any, b
         await here.serve(channel, receiver, "")
         await here.send(message(channel, b"secret"))
         await came(receiver, 1)
-    with pytest.raises(Unavailable, match="certificate"):
+    with pytest.raises(Refused, match="certificate is not trusted"):
         await open_address(f"{strict.address}?tls=on").open()
     with pytest.raises(Refused, match="does not offer TLS"):
         await open_address(f"{plain.address}?tls=on").open()

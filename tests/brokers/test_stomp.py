@@ -14,7 +14,7 @@ import stomp
 from running import Entry
 
 from quintet import Contract, Redelivery, Service, connect, current, event, notification, request, serve
-from quintet.errors import Unavailable
+from quintet.connection import Refused
 from quintet.message import Channel, Message, new_id
 from quintet.testing import CHECKS, Bench, Check, skips
 from quintet.testing.bench import Receiver
@@ -377,7 +377,7 @@ async def test_tls_is_verified_by_default(dialect: str, broker: Brokers, monkeyp
     entry = broker(dialect)
     address = entry["tls"] if dialect == "activemq" else entry["stomp_tls"]
     monkeypatch.setattr("quintet.connection.FIRST_SECONDS", 0.0)
-    with pytest.raises(Unavailable, match="certificate verify failed"):
+    with pytest.raises(Refused, match="certificate is not trusted"):
         await open_address(address).open()
     async with bench_at(f"{address}?ca={entry['ca']}") as bench:
         here, channel, receiver = await bench.open(), bench.channel(durable=True), Receiver()
