@@ -17,7 +17,6 @@ from quintet import CallError, Contract, Safety, Service, connect, current, noti
 from quintet.message import new_id
 from quintet.watch import Occurrence
 
-OPTIONS = dict.fromkeys(SUBJECTS, "heartbeat=1") | {"kafka": "rdkafka.socket.timeout.ms=2000"}
 NOTICED_WITHIN = 5.0  # seconds, where heart-beats are one second apart
 FLOWS_WITHIN = 2.0  # seconds after the network is well again
 CALL_ENDS_WITHIN = 2.5  # seconds: its time-out is 1 s, the rest is for a machine that has other work
@@ -141,7 +140,7 @@ def behind(private_broker: Callable[[str], Broker]) -> Callable[[str], Any]:
         where = address.rpartition("@")[2].rpartition("/")[2]
         to, at = (entry["proxied"]["to"], entry["proxied"]["listen"]) if name == "kafka" else (where, "127.0.0.1:0")
         async with Proxy(to, at=at) as proxy:
-            yield Peers(proxy, f"{address.replace(where, proxy.address)}?{OPTIONS[name]}")
+            yield Peers(proxy, f"{address.replace(where, proxy.address)}?heartbeat=1")
 
     return stand
 
