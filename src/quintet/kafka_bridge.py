@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import itertools
+import os
+import tempfile
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from confluent_kafka import (
@@ -61,6 +67,7 @@ LATER = (
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
 )
 """Why a commit may fail that is taken a moment later."""
+FAREWELL = 1.0  # seconds that leaving a group may take
 FLUSH = 2.0  # seconds that what was produced has to be confirmed when the producer is closed
 ANSWER = 5.0  # seconds that a group's coordinator may take
 
@@ -184,11 +191,59 @@ class Listener(Protocol):
         """The last commit of these failed."""
         ...
 
+    def failed(self) -> None:
+        """The consumer takes nothing any more: make another, in its `seat`."""
+        ...
+
+
+class Seat:
+    """A member's name in its group (KIP-345), kept in a file that is locked for as long as its process lives.
+
+    Whoever is started in the stead of a process that was killed finds the seat free, and goes on at once with the same
+    partitions; without a name the group would wait until it is sure that the member is dead. And a member that comes
+    back after the broker was away is known again.
+    """
+
+    def __init__(self, group: str) -> None:
+        self.id = uuid.uuid4().hex
+        self._file, self._path = -1, Path()
+        with contextlib.suppress(ImportError, OSError):  # without files each is just somebody new
+            self._take(group)
+
+    def _take(self, group: str) -> None:
+        import fcntl  # not on Windows
+
+        folder = Path(tempfile.gettempdir()) / f"quintet-kafka-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            return
+        for number in itertools.count():
+            path = folder / f"{hashlib.sha256(group.encode()).hexdigest()[:16]}.{number}"
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                continue
+            self._file, self._path = file, path
+            if name := os.read(file, 100).decode("ascii", "replace"):
+                self.id = name
+            else:
+                os.write(file, self.id.encode())
+            return
+
+    def free(self) -> None:
+        """The member has left its group: nobody needs to go on with its name."""
+        if self._file >= 0:
+            self._path.unlink(missing_ok=True)  # while it is locked: who has opened it meanwhile has a name of its own
+            os.close(self._file)
+            self._file = -1
+
 
 class Inlet:
     """A consumer, and the thread that polls it: a member of `group`, or of none where that is empty."""
 
-    def __init__(self, config: dict[str, Any], group: str, listener: Listener) -> None:
+    def __init__(self, config: dict[str, Any], group: str, listener: Listener, seat: Seat | None = None) -> None:
         self.starts: dict[Place, int] = {}  # where to begin in a partition of which the group has committed nothing
         self.crowded: frozenset[str] = frozenset()  # topics of which the loop has enough for now: set by `crowd`
         self._loop = asyncio.get_running_loop()
@@ -202,6 +257,12 @@ class Inlet:
         self._over = self._loop.create_future()
         # librdkafka wants a group of every consumer, also where it takes part in none
         own = {"group.id": group or "quintet", "enable.auto.commit": False, "on_commit": self._on_commit}
+        self.seat = seat
+        if not group or config.get("group.instance.id") == "":
+            config = {name: value for name, value in config.items() if name != "group.instance.id"}
+        elif "group.instance.id" not in config:
+            self.seat = seat or Seat(f"{config['bootstrap.servers']} {group}")
+            own["group.instance.id"] = self.seat.id
         self.consumer: Any = Consumer({**config, **own})
         self._thread = threading.Thread(target=self._run, name=f"quintet-kafka-{group or 'reader'}", daemon=True)
         self._thread.start()
@@ -258,7 +319,7 @@ class Inlet:
     # in the consumer's thread
 
     def _run(self) -> None:
-        consumer, loop, calm = self.consumer, self._loop, self._calm
+        consumer, loop, calm, fatal = self.consumer, self._loop, self._calm, False
         while True:
             self._work_off(consumer)
             if self._closing:
@@ -269,17 +330,37 @@ class Inlet:
                 if record is None:
                     continue
                 records = [record, *consumer.consume(BURST - 1, 0)]  # with a time it would wait for so many
-            except KafkaException:  # of a group's rebalance that failed: librdkafka joins it again
-                continue
+            except KafkaException as error:
+                if error.args[0].code() != KafkaError._FATAL:  # a rebalance that failed: librdkafka joins again
+                    continue
+                fatal = True
+                _tell(loop, self._listener.failed)
+                while not self._closing:
+                    self._work_off(consumer)
+                    time.sleep(POLL)
+                break
             calm.clear()
             _tell(loop, self._arrived, records)
             calm.wait(CALM)
         self._work_off(consumer)  # what was asked before it was closed
-        with contextlib.suppress(KafkaException):
+        if not fatal:
+            with contextlib.suppress(KafkaException):
+                self._leave(consumer)
+        with contextlib.suppress(KafkaException, RuntimeError):
             consumer.close()
+        if self.seat is not None and not fatal:
+            self.seat.free()
         self.consumer = None
         del consumer
         _tell(loop, _finish, self._over)
+
+    def _leave(self, consumer: Any) -> None:
+        """Tells the group so: `close` alone would keep the seat of a member that has one."""
+        give_up = time.monotonic() + FAREWELL
+        if consumer.memberid():
+            consumer.unsubscribe()
+            while consumer.memberid() and time.monotonic() < give_up:
+                consumer.poll(0.01)
 
     def _work_off(self, consumer: Any) -> None:
         while self._orders:

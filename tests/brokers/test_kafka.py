@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -155,6 +156,63 @@ async def test_ten_channels_are_served_quickly(bench: Bench) -> None:
     for channel in channels:
         await bench.send(there, channel, b"1")
     await bench.got(receiver, 10)
+
+
+MEMBER = """
+import asyncio, sys
+from quintet.message import Channel
+from quintet.transport import DONE, open_address
+
+async def receive(message):
+    print(message.body.decode(), flush=True)
+    return DONE
+
+async def main():
+    transport = open_address(sys.argv[1])
+    await transport.open()
+    await transport.serve(Channel(sys.argv[2], durable=True), receive, "group")
+    await transport.ready()
+    print("ready", flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@benched
+async def test_who_is_started_in_the_stead_of_one_that_was_killed_goes_on_at_once(bench: Bench) -> None:
+    here, channel = await bench.open(), bench.channel(durable=True)
+    wanted = [b"%d" % number for number in range(6)]
+
+    async def send() -> None:
+        for number in range(6):
+            await here.send(bench.message(channel, b"%d" % number, native=(Record(partition=number),)))
+
+    async def member() -> asyncio.subprocess.Process:
+        words = (sys.executable, "-c", MEMBER, bench.address, channel.name)
+        return await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+
+    async def lines(process: asyncio.subprocess.Process, count: int) -> list[bytes]:
+        assert process.stdout
+        return sorted([(await process.stdout.readline()).strip() for _ in range(count)])
+
+    first = await member()
+    try:
+        assert await lines(first, 1) == [b"ready"]
+        await send()
+        assert await lines(first, 6) == wanted
+        await asyncio.sleep(0.5)  # until it has committed
+    finally:
+        first.kill()
+        await first.wait()
+    second = await member()
+    try:
+        await send()
+        async with asyncio.timeout(5.0):  # the group would wait for ten seconds until it takes the first for dead
+            assert await lines(second, 7) == [*wanted, b"ready"]
+    finally:
+        second.kill()
+        await second.wait()
 
 
 @benched
@@ -319,8 +377,10 @@ async def test_any_setting_of_librdkafka_is_reached_and_so_are_its_clients(bench
     await bench.serve(here, channel, Receiver(), "group")
     clients = here.native
     assert channel.name in clients.producer.list_topics(timeout=WITHIN).topics
-    ask = clients.consumers[channel.name]
-    assert (await ask(lambda consumer: consumer.memberid())).startswith("till-7")
+    assert await clients.consumers[channel.name](lambda consumer: consumer.memberid())
+    groups = clients.admin.describe_consumer_groups([channel.name])
+    (member,) = (await asyncio.wrap_future(groups[channel.name])).members
+    assert member.client_id == "till-7"
 
 
 @benched

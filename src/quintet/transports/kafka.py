@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
@@ -65,6 +66,7 @@ LARGEST = 8 * 1024 * 1024  # bytes of a record in a topic that is made here; Kaf
 BRIEFLY = 10 * 60 * 1000  # milliseconds that a topic keeps what nobody can want later: requests, surveys, replies
 PREFETCH, PREFETCH_BYTES = 1000, 32 * 1024 * 1024  # of one topic, not yet settled here, before it is paused
 COMMIT_EVERY = 0.1  # seconds
+HEARTBEAT = 5.0  # seconds between two questions whether the broker is there, unless ?heartbeat= says otherwise
 PATIENCE = 10.0  # seconds that a rebalance waits for what is in work of the partitions that it takes away
 GATHER = 0.1  # seconds that channels have to be served together, before their group is joined once for all
 JOIN = 30.0  # seconds that it may take to join a group
@@ -492,6 +494,15 @@ class _Group:
                 share.committed = (-1, "")
         self._later()
 
+    def failed(self) -> None:
+        """As where the broker was away for long: it takes what the old one still wants for that of another member."""
+        carrier, old = self._carrier, self._inlet
+        self.lost(list(self._shares))
+        self._inlet = carrier.bridge.Inlet(carrier.consuming, self.name, self, old.seat)
+        self._inlet.starts.update(old.starts)
+        self._ending = asyncio.get_running_loop().create_task(old.close())
+        self._subscribe()
+
     # inside
 
     @staticmethod
@@ -526,6 +537,9 @@ class _Group:
 
     def _tick(self) -> None:
         self._commit = None
+        if not self._carrier.connected:  # it would be taken for another member's, once the broker is back
+            self._later()
+            return
         busy: dict[int, int] = {}
         for feed in self.feeds.values():
             if isinstance(feed.serving, _Serving) and not feed.retry:
@@ -547,7 +561,7 @@ class Carrier(Transport):
         {Trait.FANOUT, Trait.DURABLE, Trait.REDELIVERS, Trait.DELAYS, Trait.ORDERED}
     )
     options: ClassVar[frozenset[str]] = (
-        frozenset({"sasl", "tls", "partitions", "replication", "rdkafka.*"}) | TLS_OPTIONS
+        frozenset({"sasl", "tls", "partitions", "replication", "heartbeat", "rdkafka.*"}) | TLS_OPTIONS
     )
 
     def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
@@ -570,6 +584,8 @@ class Carrier(Transport):
         self._waiting: asyncio.Future[None] | None = None  # of those who wait for the broker
         self._reason = ""
         self._probe: asyncio.Task[None] | None = None
+        self._heartbeat = address.option("heartbeat", HEARTBEAT)
+        self._listening: asyncio.Task[None] | None = None  # for signs of life
 
     @property
     def connected(self) -> bool:
@@ -612,12 +628,14 @@ class Carrier(Transport):
             await self.close()
             raise
         self._up = True
+        if self._heartbeat > 0:
+            self._listening = asyncio.get_running_loop().create_task(self._listen())
 
     async def close(self) -> None:
         self.closing = True
-        if self._probe is not None:
-            self._probe.cancel()
-            await asyncio.wait([self._probe])
+        for task in filter(None, (self._listening, self._probe)):
+            task.cancel()
+            await asyncio.wait([task])
         for tail in list(self._tails):
             await tail.aclose()
         await asyncio.gather(*(serving.abort() for serving in list(self._servings)))
@@ -903,11 +921,29 @@ class Carrier(Transport):
             if not self._refused.done():
                 self._refused.set_result(error.str())
         elif code == error._ALL_BROKERS_DOWN and self._up:
-            self._up, self._reason = False, error.str()
-            self._probe = asyncio.get_running_loop().create_task(self._return())
+            self._lose(error.str())
         elif error.fatal() and self._outlet is not None:  # this producer takes nothing any more: another does
             old, self._outlet = self._outlet, self.bridge.Outlet(_producing(self._config), self._trouble)
             self._ending = asyncio.get_running_loop().create_task(old.close())
+
+    def _lose(self, reason: str) -> None:
+        self._up, self._reason = False, reason
+        self._probe = asyncio.get_running_loop().create_task(self._return())
+
+    async def _listen(self) -> None:
+        """Asks for a sign of life: librdkafka itself does not mind a broker that is silent."""
+        every, missed = self._heartbeat, 0
+        while True:
+            if not missed or not self._up:  # after a first miss it is asked again at once
+                missed = 0
+                await self.clock.sleep(every)
+            try:
+                await self.asked(self._admin.describe_cluster(request_timeout=max(every, 1.0)))
+                missed = 0
+            except (CallError, TransportError):
+                missed += 1
+            if missed == 2 and self._up:
+                self._lose(f"the broker was silent for {2 * max(every, 1.0):g} s")
 
     async def _return(self) -> None:
         """Waits until a broker answers again."""
@@ -1230,12 +1266,18 @@ class _Tail:
     def uncommitted(self, places: Iterable[Place]) -> None:
         """Never called."""
 
+    def failed(self) -> None:
+        """Never called."""
+
 
 TAIL_KEPT = 10_000  # messages that one tail may lag behind; the oldest goes first
 TAIL_LOOKS = 0.5  # seconds between two looks for new topics
 
 
 # what librdkafka is told
+
+SILENT = logging.Logger("quintet.librdkafka", logging.CRITICAL + 1)
+"""It says to stderr what no level keeps it from."""
 
 
 def _bridge(address: Address) -> Any:
@@ -1255,6 +1297,7 @@ def _config(address: Address) -> dict[str, Any]:
         "bootstrap.servers": hosts,
         "client.id": "quintet",
         "log_level": 0,  # what matters is raised or told
+        "logger": SILENT,
         "allow.auto.create.topics": False,
         "reconnect.backoff.ms": 50,
         "reconnect.backoff.max.ms": 500,
@@ -1281,6 +1324,8 @@ def _config(address: Address) -> dict[str, Any]:
             raise AddressError(f"{address}: option sasl={mechanism!r} must be one of {', '.join(MECHANISMS)}")
         config |= {"sasl.mechanism": mechanism, "sasl.username": user, "sasl.password": password}
     config |= _tls(address) if secured else {}
+    if "rdkafka.debug" in options or "rdkafka.log_level" in options:
+        del config["logger"]
     return config | {
         name.removeprefix("rdkafka."): value for name, value in options.items() if name.startswith("rdkafka.")
     }
@@ -1321,7 +1366,7 @@ def _consuming(config: dict[str, Any]) -> dict[str, Any]:
         "heartbeat.interval.ms": 300,  # by which a member learns that another has come
         # who stays goes on with what it has, also while the group waits for a member that is dead
         "partition.assignment.strategy": "cooperative-sticky",
-        "session.timeout.ms": 15_000,  # a broker that is back sooner finds the group as it was
+        "session.timeout.ms": 10_000,
     }
     if config.get("group.protocol") == "consumer":  # there the broker decides on these
         member = {}
