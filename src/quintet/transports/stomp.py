@@ -689,10 +689,9 @@ class _Serving:
                 _, headers, body = self._copy(session, copy, {})
                 await self._settle(session, (session.waiting_room(self.channel, self.group, after), headers, body), ack)
             elif await session.delays():
+                # in a transaction it would be scheduled behind the commit: a crash between the two would lose it
                 delayed = self._copy(session, copy, {DELAY: str(int(after * 1000))})
-                await self._settle(
-                    session, delayed, ack, alone=True
-                )  # it would be scheduled behind the commit: too late
+                await self._settle(session, delayed, ack, alone=True)
             else:
                 ready = self._copy(session, copy, {})
                 self._later(after, lambda: self._settle(session, ready, ack))
