@@ -29,6 +29,7 @@ SAYS_BEFORE = 0.02  # seconds before its sender's time is up that a message is s
 SIGN_OF_LIFE = 64  # bytes that show that the way is open, although they complete no frame; a byte a second does not
 BULK = 1 << 15  # bytes of a piece behind which there is more
 READ_IN_TURN = 1 << 19  # bytes that are read before the loop gets its turn
+WRITTEN_IN_TURN = 1 << 19  # and that are written
 UNSENT_HIGH = 1 << 20  # bytes that the socket may lag behind before senders wait
 
 TLS_OPTIONS: Final = frozenset({"ca", "cert", "certkey", "verify"})
@@ -87,10 +88,12 @@ class Link(asyncio.Protocol):
         self._early: list[bytes] = []  # what came before there was a session
         self._transport: Any = None
         self._lost: asyncio.Future[None] = self._loop.create_future()
-        self._room: asyncio.Future[None] | None = None  # there while the socket lags behind
+        self._room: asyncio.Future[None] | None = None  # there while no more should be written
+        self._lags = False  # the socket does, behind what it was given
         self._beats: list[Handle] = []
         self._heard = self._wrote = clock.now()
         self._bulk = 0  # bytes that came in large pieces
+        self._unsent = 0  # bytes in large pieces that were written in this turn of the loop
 
     def __repr__(self) -> str:
         return f"<link{f', lost: {self.error}' if self._lost.done() else ''}>"
@@ -102,10 +105,14 @@ class Link(asyncio.Protocol):
         if not self._out:
             self._loop.call_soon(self._flush)
         self._out.append(data)
+        if len(data) >= BULK:
+            self._unsent += len(data)
+            if self._unsent >= WRITTEN_IN_TURN and self._room is None:
+                self._room = self._loop.create_future()
 
     @property
     def full(self) -> bool:
-        """The socket lags behind: await `room()` before more is written."""
+        """The socket lags behind, or much was written in this turn of the loop: await `room()` before more is."""
         return self._room is not None
 
     async def room(self) -> None:
@@ -163,9 +170,11 @@ class Link(asyncio.Protocol):
             self._transport.resume_reading()
 
     def pause_writing(self) -> None:
-        self._room = self._loop.create_future()
+        self._lags = True
+        self._room = self._room or self._loop.create_future()
 
     def resume_writing(self) -> None:
+        self._lags = False
         room, self._room = self._room, None
         if room is not None and not room.done():
             room.set_result(None)
@@ -214,7 +223,10 @@ class Link(asyncio.Protocol):
             return
         self._out = []
         self._wrote = self._clock.now()
+        self._unsent = 0
         self._transport.write(out[0] if len(out) == 1 else b"".join(out))
+        if self._room is not None and not self._lags:
+            self.resume_writing()
 
     def _watch(self, seconds: float, last: Callable[[], float], act: Callable[[], None]) -> None:
         """Acts whenever so much time has passed since `last()`."""

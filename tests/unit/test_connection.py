@@ -254,6 +254,26 @@ async def test_senders_wait_while_the_socket_lags_behind() -> None:
         await room
 
 
+async def test_large_messages_take_turns_so_that_the_loop_is_not_kept() -> None:
+    broker = Broker()
+    await broker.up()
+    async with connected(broker) as link:
+        session = await link.ready(None)
+        turns: list[int] = []
+
+        async def send(number: int) -> None:
+            while session.link.full:
+                await session.link.room()
+            session.link.write(bytes(1 << 20))
+            turns.append(number)
+
+        sending = [asyncio.ensure_future(send(number)) for number in range(3)]
+        await asyncio.sleep(0)
+        assert turns == [0]
+        await asyncio.gather(*sending)
+        assert sorted(turns) == [0, 1, 2]
+
+
 async def test_a_closed_connection_refuses_and_leaves_no_task() -> None:
     broker = Broker()
     await broker.up()
