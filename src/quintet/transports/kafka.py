@@ -71,6 +71,7 @@ PATIENCE = 10.0  # seconds that a rebalance waits for what is in work of the par
 GATHER = 0.1  # seconds that channels have to be served together, before their group is joined once for all
 JOIN = 30.0  # seconds that it may take to join a group
 SPARE = 2.5  # seconds after which a member that was given nothing counts as one too many, not as one too early
+START = 20.0  # seconds that a broker which was just started may take to know of a topic, or of a group
 ANSWER = 5.0  # seconds that the broker may take to answer what is asked of it beside messages
 GIVE_UP = 120.0  # seconds in which what was sent is confirmed, where its sender says nothing
 STORE = 5.0  # seconds that a copy for the next attempt may take, then the message waits here instead
@@ -343,7 +344,15 @@ class _Group:
         """Has a group that is new to a topic begin at its end."""
         partition = self._carrier.bridge.TopicPartition
         wanted = [partition(place.name, number) for number in range(place.partitions)]
-        found = await self.ask(lambda consumer: consumer.committed(wanted, timeout=ANSWER))
+        give_up = self._clock.now() + START
+        while True:
+            try:
+                found = await self.ask(lambda consumer: consumer.committed(wanted, timeout=ANSWER))
+                break
+            except (CallError, TransportError):  # a broker that was just started is no coordinator yet
+                if self._clock.now() > give_up:
+                    raise
+                await self._clock.sleep(0.05)
         missing = [(each.topic, each.partition) for each in found if each.offset < 0]
         if not missing:
             return
@@ -844,7 +853,7 @@ class Carrier(Transport):
                 return None
             if error.code() != error.TOPIC_ALREADY_EXISTS:
                 raise self._translated(raised, name) from None
-        give_up = self.clock.now() + ANSWER
+        give_up = self.clock.now() + START
         while (found := await self._describe(name)) is None:  # its broker may not have heard of it yet
             if self.clock.now() > give_up:
                 raise Unavailable(f"topic {name} at {self.address} was made, and is not there yet")
