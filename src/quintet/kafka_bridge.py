@@ -67,6 +67,7 @@ LATER = (
     KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
 )
 """Why a commit may fail that is taken a moment later."""
+FEW = 16  # records outstanding up to which each is sent at once; of more a batch is made in "linger.ms"
 FAREWELL = 1.0  # seconds that leaving a group may take
 FLUSH = 2.0  # seconds that what was produced has to be confirmed when the producer is closed
 ANSWER = 5.0  # seconds that a group's coordinator may take
@@ -80,6 +81,8 @@ class Outlet:
         self.loop = asyncio.get_running_loop()
         self._trouble = trouble
         self._reports: list[tuple[asyncio.Future[None], KafkaError | None]] = []
+        self._outstanding = 0
+        self._work = threading.Event()
         self._room: asyncio.Future[None] | None = None  # there while a sender waits for room in the queue
         self._closing = False
         self._over = self.loop.create_future()
@@ -95,6 +98,9 @@ class Outlet:
         KafkaException. `place` may hold its partition and timestamp. Raises BufferError where the queue is full."""
         future: asyncio.Future[None] = self.loop.create_future()
         self.produce(topic, body, key, headers=headers, on_delivery=partial(self._on_delivery, future), **place)
+        self._outstanding += 1
+        if self._outstanding == 1:
+            self._work.set()
         return future
 
     async def room(self) -> None:
@@ -105,6 +111,7 @@ class Outlet:
     async def close(self) -> None:
         """Waits a little for what was produced to be confirmed; the rest fails."""
         self._closing = True
+        self._work.set()
         await asyncio.shield(self._over)
 
     # in the producer's thread
@@ -118,7 +125,14 @@ class Outlet:
     def _run(self) -> None:
         producer = self.producer
         while not self._closing:
-            producer.poll(POLL)
+            self._work.clear()
+            if not self._outstanding:
+                producer.poll(0)  # for its errors
+                self._work.wait(POLL)
+            elif self._outstanding <= FEW:
+                producer.flush(0.002)  # sends at once what otherwise waits for more ("linger.ms")
+            else:
+                producer.poll(POLL)
             if self._reports:
                 reports, self._reports = self._reports, []
                 _tell(self.loop, self._resolve, reports)
@@ -133,6 +147,7 @@ class Outlet:
     # in the loop
 
     def _resolve(self, reports: list[tuple[asyncio.Future[None], KafkaError | None]]) -> None:
+        self._outstanding -= len(reports)
         for future, error in reports:
             if future.done():  # its sender has gone
                 continue

@@ -811,14 +811,14 @@ async def _(bench: Bench) -> None:
     await bench.serve(there, channel, holding, limit=1)
     await bench.send(here, channel, b"in work", b"waits", b"waits too")
     await bench.got(holding, 1)
+    state = await _state(here, channel)
     for _ in range(500):  # where the broker is told by and by what is in work
-        state = await _state(here, channel)
-        counts = (state.waiting, state.in_work, state.dead) if state else None
-        if counts == (2, 1, 1):
+        if state and (state.waiting, state.in_work, state.dead) == (2, 1, 1):
             break
         await asyncio.sleep(0.005)
-    _same(counts, (2, 1, 1), "how many wait, are in work and are dead")
-    assert state
+        state = await _state(here, channel)
+    assert state, "the channel is not among channels()"
+    _same((state.waiting, state.in_work, state.dead), (2, 1, 1), "how many wait, are in work and are dead")
     assert state.oldest is None or 0 <= state.oldest < 10, f"the oldest waits since {state.oldest:g} s"
     holding.release()
     await bench.got(holding, 3)

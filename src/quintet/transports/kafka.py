@@ -1361,7 +1361,8 @@ def _tls(address: Address) -> dict[str, Any]:
 def _producing(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "enable.idempotence": True,
-        "linger.ms": 0,
+        "linger.ms": 1,  # where many are outstanding (kafka_bridge.FEW): a third of the work, for all three
+        "max.in.flight.requests.per.connection": 1,  # what comes meanwhile goes together
         "message.max.bytes": 2 * LARGEST,
         "message.timeout.ms": int(GIVE_UP * 1000),
         "partitioner": "murmur2_random",  # the Java clients' own: a key goes where their messages of that key go

@@ -252,6 +252,7 @@ _RELEASES: Final = (
 def version(answer: bytes) -> str:
     """The release that the answer to ApiVersions tells, as "4.1"; empty where it tells none."""
     _, mark, after = answer.partition(b"\x11metadata.version")
+    level = 0
     for _ in range(2):  # what the broker supports comes first, what is in force second
         if not mark or len(after) < 4:
             return ""
