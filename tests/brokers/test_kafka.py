@@ -424,9 +424,12 @@ async def test_a_queue_that_is_full_makes_senders_wait_and_loses_nothing(bench: 
 @benched
 async def test_one_who_waits_no_longer_is_told_that_it_is_not_known(bench: Bench) -> None:
     here, channel = await bench.open(**{"rdkafka.linger.ms": "1000"}), bench.channel(durable=True)
-    await here.send(bench.message(channel, b"1"))
+    await here.send(bench.message(channel, b"first"))
+    many = [bench.start(here.send(bench.message(channel, b"%d" % number))) for number in range(40)]
+    await asyncio.sleep(0)  # they are under way: so many that librdkafka waits for more
     with pytest.raises(DeadlineExceeded, match="not confirmed in time"):
-        await here.send(bench.message(channel, b"2", until=bench.clock.now() + 0.1))
+        await here.send(bench.message(channel, b"last", until=bench.clock.now() + 0.1))
+    await asyncio.gather(*many)
 
 
 async def test_no_thread_is_left(broker: Brokers) -> None:

@@ -34,7 +34,7 @@ from quintet.errors import (
 from quintet.intake import Intake
 from quintet.letters import DEAD_LETTERS, letter, revive
 from quintet.message import Channel, Message, Native, native_of, new_id
-from quintet.transport import Address, DeadLetter, Finding, Receive, Trait, Transport
+from quintet.transport import DONE, Address, DeadLetter, Finding, Receive, Trait, Transport, Verdict
 from quintet.wire.names import DEAD, FIELDS
 from quintet.wire.stomp import BEAT, VERSIONS, Frame, Parser, agree_beats, encode, encode_rest, escape
 from quintet.wire.stomp_message import (
@@ -494,6 +494,10 @@ def _nothing(*_: object) -> None:
     """What there is to do until somebody wants to know."""
 
 
+async def _unused(_: Message) -> Verdict:
+    return DONE
+
+
 class _Subscribed:
     """What is subscribed to on a line: again on each of its connections."""
 
@@ -894,6 +898,12 @@ class Carrier(Transport):
             if line.alone:
                 await line.close()
             raise
+        return serving
+
+    async def listen(self, channel: Channel, arrived: Callable[[Message], None]) -> _Serving:
+        """Takes replies as they come: nothing of them is acknowledged, so they need no queue and no task."""
+        serving = await self.serve(channel, _unused, "")
+        serving.subscribed.heard = lambda _, frame: arrived(serving.read(_Delivery(frame.headers, frame.body, None)))
         return serving
 
     async def _line(self, dialect: Dialect) -> _Line:
