@@ -1346,10 +1346,11 @@ class Carrier(Transport):
 
     async def _read_letters_of(self, host: Host, finished: Callable[[DeadLetter, Message], Awaitable[bool]]) -> None:
         """Shows each dead letter to `finished`: those for which it says so are gone, the others go back. Each that is
-        given back at once goes to the end of the queue, and once all have come a second time there were no others."""
+        given back at once goes to the end of the queue, and once all have come twice more there were no others: what
+        another reader had in hand until a moment ago is late."""
         async with self._letters_lock, self._reading(host, DEAD, LETTERS, 100) as reader:
             seen, repeats = set[bytes](), 0
-            while repeats <= len(seen):
+            while repeats <= 2 * len(seen):
                 try:
                     async with asyncio.timeout(QUIET):
                         delivery = await reader.arrivals.get()
