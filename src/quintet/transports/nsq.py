@@ -86,6 +86,7 @@ INSIST_PAUSE = 0.1  # seconds until a copy that was not accepted is sent again
 REFUSED_AFTER = 60.0  # seconds until a message comes again whose copy nsqd will not have
 HTTP_SECONDS = 5.0
 GUESS_SECONDS = 1.0
+LETTERS_SECONDS = 5.0  # that one is looked for which nsqd counts, and does not bring
 QUIET = 0.2  # seconds without another dead letter that are the end of them
 LONGEST_DEFER = 3600.0  # nsqd's --max-req-timeout
 
@@ -1349,8 +1350,14 @@ class Carrier(Transport):
         given back at once goes to the end of the queue, and once all have come twice more there were no others: what
         another reader had in hand until a moment ago is late."""
         async with self._letters_lock, self._reading(host, DEAD, LETTERS, 100) as reader:
-            seen, repeats = set[bytes](), 0
-            while repeats <= 2 * len(seen):
+            seen, repeats, kept = set[bytes](), 0, 0
+            give_up = self.clock.now() + LETTERS_SECONDS
+            while True:
+                if repeats > 2 * len(seen):
+                    await self.clock.sleep(QUIET / 10)  # what was just given back is counted nowhere for a moment
+                    if await self._letters_there(host) <= kept or self.clock.now() > give_up:
+                        return
+                    repeats = 0  # nsqd has more than have come
                 try:
                     async with asyncio.timeout(QUIET):
                         delivery = await reader.arrivals.get()
@@ -1367,7 +1374,16 @@ class Carrier(Transport):
                     delivery.attempts = 1  # to be looked at is no attempt
                     message, _ = wire.unpack(delivery, Channel(DEAD, durable=True))
                     keep = not await finished(letter(message), message)
+                    kept += keep
                 reader.write(wire.req(delivery.id, 0) if keep else wire.fin(delivery.id))
+
+    async def _letters_there(self, host: Host) -> int:
+        """How many dead letters there are; 0 where nsqd's HTTP is not known."""
+        try:
+            topics = (await self.stats(host, topic=DEAD, channel=LETTERS)).topics or ()
+        except (TransportError, CallError):
+            return 0
+        return sum(one.depth + one.in_flight_count + one.deferred_count for t in topics for one in t.channels or ())
 
     @contextlib.asynccontextmanager
     async def _reading(self, host: Host, topic: str, channel: str, ready: int) -> AsyncGenerator[_Reader, None]:
