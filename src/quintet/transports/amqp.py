@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 import socket
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, ClassVar, Final, Literal, Self
@@ -785,7 +786,7 @@ class _Subscription:
             self.line.session.link.write(data)
 
 
-class _Held:
+class _Held(ABC):
     """Something that consumes a queue, for as long as it is held: it subscribes on each new connection."""
 
     def __init__(self, carrier: Carrier, name: str) -> None:
@@ -796,14 +797,15 @@ class _Held:
         self._resuming: asyncio.Task[None] | None = None
         self._told = ""
 
+    @abstractmethod
     async def subscribe(self, wire: Wire) -> None:
         """Declares what is missing, and consumes. Raises TransportError with a sentence."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def abort(self) -> None:
-        raise NotImplementedError
+        """Ends at once; what is in work goes back to the queue."""
 
-    def gone(self, subscription: _Subscription) -> None:
+    def gone(self, subscription: _Subscription) -> None:  # noqa: B027 - a tail has nothing to forget
         """What it had brought comes again, if its queue is still there."""
 
     async def consume(
