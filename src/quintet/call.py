@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Protocol, Self, TypeVar
 
@@ -58,7 +58,7 @@ class Line(Protocol):
 
     name: str
 
-    async def value(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any: ...
+    def value(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Coroutine[Any, Any, Any]: ...
     async def reply(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Reply[Any]: ...
     async def result(self, pending_id: str, wait: float | None) -> Any: ...
     async def cancel(self, pending_id: str) -> None: ...
@@ -77,9 +77,8 @@ class Call(Generic[P, R]):
     def __repr__(self) -> str:
         return f"<call {self._line.name}>"
 
-    async def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        value: R = await self._line.value(args, kwargs, self._options)
-        return value
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+        return self._line.value(args, kwargs, self._options)
 
     def using(
         self,

@@ -216,7 +216,7 @@ class Sender:
 
     def reach(self, exchanges: Sequence[Handler], instances: Sequence[str] = ()) -> None:
         """Sends to others from the next message on. What filters remember of those that stay stays."""
-        self._exchanges = [_raising(exchange, self.bound) for exchange in exchanges]
+        self._exchanges = list(exchanges)
         self._guarded = structs.replace(self._guarded, instances=tuple(instances))
         self.guard(self._guarded.policy)
 
@@ -408,9 +408,13 @@ async def plug(
         return made
 
     async def point(sender: Sender, transports: Sequence[Transport]) -> None:
-        waits = sender.operation.style is Style.REQUEST
-        exchanges = [await carriers.exchange(transport) if waits else transport.send for transport in transports]
+        exchanges = [await way(sender, transport) for transport in transports]
         sender.reach(exchanges or [_nobody], [transport.address.text for transport in transports])
+
+    async def way(sender: Sender, transport: Transport) -> Handler:
+        if sender.operation.style is Style.REQUEST or Trait.REPLIES in transport.traits:
+            return _raising(await carriers.exchange(transport), sender.bound)
+        return transport.send  # nothing comes back that could say that it failed
 
     async def refresh() -> None:
         for line in lines.values():

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -92,7 +92,7 @@ class Outlet:
         self._thread.start()
 
     def put(
-        self, topic: str, body: bytes | None, key: str | None, headers: Headers, place: dict[str, int]
+        self, topic: str, body: bytes | None, key: str | None, headers: Headers, place: Mapping[str, int]
     ) -> asyncio.Future[None]:
         """Hands a record to the producer; the future is done once the broker has confirmed it, and fails with a
         KafkaException. `place` may hold its partition and timestamp. Raises BufferError where the queue is full."""

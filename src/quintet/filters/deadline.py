@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 from quintet.context import CURRENT
 from quintet.contract import Style
 from quintet.errors import DeadlineExceeded, Safety
@@ -17,7 +19,7 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
     waits = guarded.operation.style in (Style.REQUEST, Style.SURVEY)
     expires = guarded.operation.expires
 
-    async def deadline(message: Message) -> Message | None:
+    def deadline(message: Message) -> Awaitable[Message | None]:
         start = now()
         until = message.until  # set by using(timeout=...)
         if until is None and timeout is not None:
@@ -34,7 +36,7 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
             message.deadline = until
         elif message.deadline is None and expires is not None:
             message.deadline = start + expires  # the work may rot; how long the sender waits for acceptance stays here
-        return await handler(message)
+        return handler(message)
 
     return deadline
 
@@ -42,11 +44,11 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
 def server(guarded: Guarded, handler: Handler) -> Handler:
     name, now, watch = guarded.operation.full_name, guarded.clock.now, guarded.watch
 
-    async def drop_what_is_late(message: Message) -> Message | None:
+    def drop_what_is_late(message: Message) -> Awaitable[Message | None]:
         if message.deadline is not None and message.deadline <= now():
             error = DeadlineExceeded(f"{name}: its deadline had passed before work was begun", safety=Safety.NOT_SENT)
             watch.tell("refused", name, error)
             raise error
-        return await handler(message)
+        return handler(message)
 
     return drop_what_is_late

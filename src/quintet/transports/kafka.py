@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
@@ -193,8 +193,7 @@ class _Serving:
         if self.retry is not None and not self._stopped:
             headers = [*to_headers(copy, self._clock), (DUE, f"{self._clock.wall() + after:.3f}")]
             with contextlib.suppress(CallError):
-                until = self._clock.now() + STORE
-                await self._carrier.produce(self.retry.name, copy, copy.key, headers, until)
+                await self._carrier.keep(self.retry.name, copy, copy.key, headers)
                 self.done(delivery)
                 return
         delivery.copy = copy
@@ -203,7 +202,7 @@ class _Serving:
     async def dead(self, delivery: _Delivery, copy: Message) -> None:
         while not delivery.share.gone:
             with contextlib.suppress(CallError):
-                await self._carrier.bury(copy, self._clock.now() + STORE)
+                await self._carrier.bury(copy)
                 break
             if self._stopped:
                 return
@@ -662,77 +661,58 @@ class Carrier(Transport):
 
     # sending
 
-    async def send(self, message: Message) -> None:
-        channel = message.channel
-        place = self._topics.get(channel.name)
+    def send(self, message: Message) -> Coroutine[Any, Any, None]:
+        place = self._topics.get(message.channel.name)
         if place is None:
-            if not self._up:
-                await self._returned(_patience(message))
-            place = await self._until(message.until, self._place(channel))
-            if place is None:
-                return  # a temporary channel that nobody holds
-        try:
-            await self.produce(place.name, message, message.key, to_headers(message, self.clock), message.until)
-        except _NoTopic:
-            self._topics.pop(channel.name, None)
-            if not channel.temporary or channel.fanout:
-                raise
+            return self._send_first(message)
+        return self.produce(place.name, message, message.key, to_headers(message, self.clock))
+
+    async def _send_first(self, message: Message) -> None:
+        """To a topic of which nothing is known yet."""
+        if not self._up:
+            await self._returned(_patience(message))
+        place = await self._until(message.until, self._place(message.channel))
+        if place is not None:  # else a temporary channel that nobody holds
+            await self.produce(place.name, message, message.key, to_headers(message, self.clock))
 
     async def produce(
-        self,
-        topic: str,
-        message: Message,
-        key: str | None,
-        headers: Headers,
-        until: float | None,
-        *,
-        empty: bool = False,
+        self, topic: str, message: Message, key: str | None, headers: Headers, *, empty: bool = False
     ) -> None:
-        """Returns once the broker has confirmed the record. `until` is monotonic time in seconds. Raises CallError."""
-        where: dict[str, int] = {}
-        if message.native:
-            record = native_of(message.native, Record, _RECORD)
-            if record.partition >= 0:
-                where["partition"] = record.partition
-            if record.timestamp:
-                where["timestamp"] = int(record.timestamp * 1000)
-        body: bytes | None = message.body if type(message.body) is bytes else bytes(message.body)
-        if empty:
-            body = None
+        """Returns once the broker has confirmed the record: who gives up before that is cancelled. Raises CallError."""
+        body: bytes | None = message.body
+        if type(body) is not bytes:
+            body = bytes(message.body)
+        where = _where(native_of(message.native, Record, _RECORD)) if message.native else ANYWHERE
         while True:
             if not self._up:
-                await self._returned(_patience(message) if until is None else until)
+                await self._returned(_patience(message))
             outlet = self._opened()
             try:
-                confirmed = outlet.put(topic, body, key or None, headers, where)
-                break
+                return await outlet.put(topic, None if empty else body, key or None, headers, where)
             except BufferError:
-                await self._until(until, outlet.room(), Overloaded)
-            except self.bridge.KafkaException as error:
-                raise self._translated(error, topic) from None
-        if until is None:
-            expiry, timers = None, None
-        else:
-            expiry = _Expiry(confirmed)
-            timers = self.clock.wheel(outlet.loop).set(until, expiry)
-        try:
-            await confirmed
-        except _Expired:
-            if self._up:
-                raise DeadlineExceeded(f"{topic} at {self.address}: not confirmed in time") from None
-            raise ConnectionLost(f"{topic} at {self.address}: sent, and then the broker went away") from None
-        except self.bridge.KafkaException as error:
-            raise self._translated(error, topic) from None
-        finally:
-            if timers is not None:
-                timers.discard(expiry)
+                await self._until(message.until, outlet.room(), Overloaded)
+            except self.bridge.KafkaException as raised:
+                error = self._translated(raised, topic)
+                if isinstance(error, _NoTopic):
+                    self._topics.pop(message.channel.name, None)
+                    if message.channel.temporary and not message.channel.fanout:
+                        return None  # nobody holds it any more
+                raise error from None
 
-    async def bury(self, copy: Message, until: float) -> None:
-        """Puts a message among the dead letters."""
-        place = await self._until(until, self._place(DEAD_LETTERS))
+    async def keep(self, topic: str, copy: Message, key: str, headers: Headers) -> None:
+        """What is not our sender's own to wait for: in STORE seconds, or not. Raises CallError."""
+        try:
+            async with asyncio.timeout(STORE):
+                await self.produce(topic, copy, key, headers)
+        except TimeoutError:
+            raise DeadlineExceeded(f"{topic} at {self.address}: not confirmed in {STORE:g} s") from None
+
+    async def bury(self, copy: Message) -> None:
+        """Puts a message among the dead letters. Raises CallError."""
+        place = await self._until(self.clock.now() + STORE, self._place(DEAD_LETTERS))
         assert place is not None  # noqa: S101
         headers = [*to_headers(copy, self.clock), *([(KEY, copy.key)] if copy.key else [])]
-        await self.produce(place.name, copy, copy.headers[DEAD_ID], headers, until)
+        await self.keep(place.name, copy, copy.headers[DEAD_ID], headers)
 
     # serving
 
@@ -1017,7 +997,7 @@ class Carrier(Transport):
             place = await self._find(channel, make=False)
             if place is None:
                 continue  # of a group that was there for a while only
-            await self.produce(place.name, message, message.key, to_headers(message, self.clock), None)
+            await self.produce(place.name, message, message.key, to_headers(message, self.clock))
             await self._bury_for_ever(id_)
             count += 1
         return count
@@ -1031,7 +1011,7 @@ class Carrier(Transport):
 
     async def _bury_for_ever(self, id_: str) -> None:
         """A record without a value: compaction drops the letter, and readers do so at once."""
-        await self.produce(DEAD, Message(channel=DEAD_LETTERS), id_, [], None, empty=True)
+        await self.produce(DEAD, Message(channel=DEAD_LETTERS), id_, [], empty=True)
 
     async def _dead(self) -> dict[str, Message]:
         self._opened()
@@ -1168,16 +1148,13 @@ class _NoTopic(Unavailable):
     """The topic is not there."""
 
 
-class _Expired(Exception):
-    """The sender waits no longer."""
+ANYWHERE: Final[Mapping[str, int]] = {}
 
 
-class _Expiry(Struct, eq=False):
-    future: asyncio.Future[None]
-
-    def fire(self) -> None:
-        if not self.future.done():
-            self.future.set_exception(_Expired())
+def _where(record: Record) -> Mapping[str, int]:
+    """What librdkafka is told of the place of a record in its topic."""
+    where = {"partition": record.partition} if record.partition >= 0 else {}
+    return where | {"timestamp": int(record.timestamp * 1000)} if record.timestamp else where
 
 
 def _patience(message: Message) -> float | None:

@@ -113,38 +113,27 @@ _NUMBERS: Final = frozenset({ATTEMPT, DEADLINE, DUE})
 
 def from_record(record: Record, channel: Channel, clock: Clock) -> Message:
     """The message in a record, whoever wrote it: one without an id is known by its place in the topic."""
-    fields: dict[str, Any] = {}
-    headers: dict[str, str] = {}
-    attempt, deadline = 1, None
+    message = Message(channel=channel, body=record.value() or b"", key=key_of(record))
     for name, value in record.headers() or ():
-        text = "" if value is None else str(value, "utf-8", "replace")
-        if name in _FIELDS:
-            fields[_FIELDS[name]] = text
+        text = "" if value is None else value.decode("utf-8", "replace")
+        field = _FIELDS.get(name)
+        if field is not None:
+            setattr(message, field, text)
         elif name not in _NUMBERS:
-            headers[name] = text
+            message.headers[name] = text
         elif name == ATTEMPT:
-            attempt = max(1, int(text)) if text.isdecimal() else 1
+            message.attempt = max(1, int(text)) if text.isdecimal() else 1
         elif name == DEADLINE:
-            deadline = clock.from_wall(_number(text))
-    if "key" not in fields and (key := record.key()) is not None:
-        fields["key"] = str(key, "utf-8", "replace")
-    if not fields.get("id"):
-        fields["id"] = f"{record.topic()}-{record.partition()}-{record.offset()}"
-    body = record.value()
-    return Message(
-        channel=channel,
-        body=b"" if body is None else body,
-        attempt=attempt,
-        deadline=deadline,
-        headers=headers,
-        **fields,
-    )
+            message.deadline = clock.from_wall(_number(text))
+    if not message.id:
+        message.id = f"{record.topic()}-{record.partition()}-{record.offset()}"
+    return message
 
 
 def key_of(record: Record) -> str:
     """The key by which a record's message is in order."""
     key = record.key()
-    return "" if key is None else str(key, "utf-8", "replace")
+    return "" if key is None else key.decode("utf-8", "replace")
 
 
 def due(record: Record) -> float:
