@@ -1,6 +1,7 @@
-"""The brokers that tests talk to, all of them by scripts/brokers: the shared ones of the checkout, and private ones.
+"""The brokers that tests talk to, all of them by scripts/brokers: those that all tests share, and private ones.
 
-A broker that runs already is used as it stands and left running; one that this session started is stopped at its end.
+The shared ones are in a folder of their own and begin without data: a broker that keeps what many sessions left behind
+gets slow. One that another session has started is used as it stands.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Broker:
 
     def __init__(self, name: str, folder: Path | None = None) -> None:
         self.name = name
-        self.folder = folder or Path(os.environ.get("QUINTET_BROKERS") or CHECKOUT / ".brokers")
+        self.folder = folder or Path(os.environ.get("QUINTET_BROKERS") or CHECKOUT / ".brokers" / "tests")
         self.entry: Entry = {}
 
     def __repr__(self) -> str:
@@ -75,6 +76,8 @@ def broker(name: str) -> Entry:
     """A shared broker, started if it is not running. Missing: the test is skipped, in CI it fails."""
     if name not in _shared:
         shared = Broker(name)
+        if "not running" in shared.script("status").stdout:
+            shutil.rmtree(shared.folder / name, ignore_errors=True)
         if shared.start():
             atexit.register(shared.stop)
         _shared[name] = shared
