@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, ParamSpec, Protocol, overload
 
-from msgspec import Struct, msgpack
+from msgspec import Struct
 
 from quintet.call import DEFAULTS, Call, Options
 from quintet.clock import Clock
@@ -24,6 +24,7 @@ from quintet.errors import AddressError, ConfigurationError
 from quintet.message import Channel, Message
 from quintet.store import UnitOfWork
 from quintet.transport import Address, ChannelState, parse_address
+from quintet.wire.envelope import pack, unpack
 
 P = ParamSpec("P")
 
@@ -59,6 +60,10 @@ class Row(Struct, frozen=True, array_like=True):
     expires: float | None
     message: bytes
 
+    def unpacked(self, channel: Channel, clock: Clock) -> Message:
+        """Raises DecodeError."""
+        return unpack(self.message, channel, deadline=clock.from_wall(self.expires))
+
 
 class Kept(Struct, frozen=True, kw_only=True):
     """A message that is to wait; times in seconds of the wall clock."""
@@ -76,45 +81,6 @@ class Settled(Struct):
 
     sent: list[int] = []
     refused: list[tuple[int, str]] = []
-
-
-class _Envelope(Struct, array_like=True):
-    """What of a message has no column of its own. Append only, with defaults: rows outlive a deployment."""
-
-    id: str
-    operation: str
-    sender: str
-    media_type: str
-    version: str
-    key: str
-    headers: dict[str, str]
-    body: bytes
-
-
-_encode = msgpack.Encoder().encode
-_decode = msgpack.Decoder(_Envelope).decode
-
-
-def pack(message: Message) -> bytes:
-    """All of a message but its channel and deadline."""
-    m = message
-    return _encode((m.id, m.operation, m.sender, m.media_type, m.version, m.key, m.headers, m.body))
-
-
-def unpack(packed: bytes, channel: Channel) -> Message:
-    """The reverse. Raises DecodeError."""
-    e = _decode(packed)
-    return Message(
-        channel=channel,
-        body=e.body,
-        id=e.id,
-        operation=e.operation,
-        sender=e.sender,
-        media_type=e.media_type,
-        version=e.version,
-        key=e.key,
-        headers=e.headers,
-    )
 
 
 class Way(Struct, frozen=True):

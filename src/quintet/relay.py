@@ -23,7 +23,7 @@ from quintet.contract import Fault
 from quintet.delivery import Redelivery
 from quintet.errors import CallError, RemoteError, Safety, TransportError
 from quintet.message import Message
-from quintet.outbox import SENDABLE, Box, Desk, Outbox, Row, Settled, Way, unpack
+from quintet.outbox import SENDABLE, Box, Desk, Outbox, Row, Settled, Way
 from quintet.policy import Policy
 from quintet.transport import Address, ChannelState
 from quintet.watch import Watch
@@ -229,8 +229,7 @@ class Relay:
                 settled.sent.append(row.seq)  # as its sender wished
                 continue
             try:
-                message = unpack(row.message, channel)
-                message.deadline = self._clock.from_wall(row.expires)
+                message = row.unpacked(channel, self._clock)
                 await _within_trace(way, message)
             except DecodeError as error:
                 self._set_aside(channel.name, row, f"its row cannot be read: {error}", settled)

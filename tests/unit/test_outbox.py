@@ -41,7 +41,7 @@ from quintet import (
 from quintet.binding import bind
 from quintet.errors import InvalidMessage
 from quintet.message import Message, new_id
-from quintet.outbox import BATCH_BYTES, Settled, open_box, pack
+from quintet.outbox import BATCH_BYTES, Settled, open_box
 from quintet.outboxes import postgresql
 from quintet.outboxes.sqlite import Keeper
 from quintet.relay import LOOK_SECONDS
@@ -49,6 +49,7 @@ from quintet.testing import FakeClock
 from quintet.testing.harness import harness
 from quintet.transports.memory import Carrier
 from quintet.watch import Occurrence
+from quintet.wire.envelope import pack
 from quintet.wire.outbox import INSERT, LEASE, SCHEMA
 
 HERE = Path(__file__).parent
