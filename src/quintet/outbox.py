@@ -23,7 +23,7 @@ from quintet.contract import Event, Operation, Style
 from quintet.errors import AddressError, ConfigurationError
 from quintet.message import Channel, Message
 from quintet.store import UnitOfWork
-from quintet.transport import Address, ChannelState, parse_address
+from quintet.transport import Address, parse_address
 from quintet.wire.envelope import pack, unpack
 
 P = ParamSpec("P")
@@ -66,8 +66,9 @@ class Row(Struct, frozen=True, array_like=True):
 
 
 class Kept(Struct, frozen=True, kw_only=True):
-    """A message that is to wait; times in seconds of the wall clock."""
+    """A message that is to wait, by the columns of its row; times in seconds of the wall clock."""
 
+    service: str
     channel: str
     key: str
     id: str
@@ -81,6 +82,15 @@ class Settled(Struct):
 
     sent: list[int] = []
     refused: list[tuple[int, str]] = []
+
+
+class Count(Struct, frozen=True):
+    """What there is of a channel; how many seconds the oldest that waits is old, None where none does."""
+
+    channel: str
+    waiting: int
+    set_aside: int
+    oldest: float | None
 
 
 class Way(Struct, frozen=True):
@@ -131,14 +141,12 @@ class Box(ABC):
         """Writes what became of rows of a channel, and gives the next ones in order, about 8 MB at most."""
 
     @abstractmethod
-    async def channels(self) -> Sequence[ChannelState]:
-        """How many messages of each channel wait, and how many were set aside (`dead`)."""
+    async def count(self) -> Sequence[Count]:
+        """How many messages of each channel wait, and how many were set aside."""
 
 
 BATCH_BYTES = 8 * 1024 * 1024
 """What rows that are read at once may hold together; one that is larger comes alone."""
-GROUP = "quintet.outbox"
-"""Stands for the group in what is shown of a channel's messages that are not sent yet."""
 
 
 def open_box(text: str, service: str, clock: Clock) -> Box:
@@ -225,7 +233,7 @@ class Outbox:
         """
         way, message = self._prepared(what, args, kwargs)
         box = self._opened[0].box
-        written = box.add(transaction, _kept(way, message, box.clock))
+        written = box.add(transaction, _kept(way, message, box))
         return message.id if written is None else _written(written, message.id)
 
     def _prepared(
@@ -261,11 +269,12 @@ class Outbox:
         return way, message
 
 
-def _kept(way: Way, message: Message, clock: Clock) -> Kept:
-    deadline, expires = message.deadline, way.operation.expires
+def _kept(way: Way, message: Message, box: Box) -> Kept:
+    clock, deadline, expires = box.clock, message.deadline, way.operation.expires
     if deadline is None and expires is not None:
         deadline = clock.now() + expires  # from now on, however long the wait is
     return Kept(
+        service=box.service,
         channel=way.operation.channel.name,
         key=message.key,
         id=message.id,

@@ -23,7 +23,7 @@ from quintet.contract import Fault
 from quintet.delivery import Redelivery
 from quintet.errors import CallError, RemoteError, Safety, TransportError
 from quintet.message import Message
-from quintet.outbox import SENDABLE, Box, Desk, Outbox, Row, Settled, Way
+from quintet.outbox import SENDABLE, Box, Count, Desk, Outbox, Row, Settled, Way
 from quintet.policy import Policy
 from quintet.transport import Address, ChannelState
 from quintet.watch import Watch
@@ -32,6 +32,7 @@ log = logging.getLogger("quintet.relay")
 
 POLICY = Policy(timeout=5.0, breaker=False, bulkhead=False, retry=False, hedge=False)
 """Of what is relayed: the relay waits and tries again by itself, and is to find at once that a broker is back."""
+GROUP = "quintet.outbox"  # stands for the group in what is shown of a channel's messages that are not sent yet
 BATCH = 200  # rows of a channel that are sent at once
 LOOK_SECONDS = 1.0  # between two looks at the table, for what no wake-up told
 AGAIN = Redelivery(first=0.1, longest=2.0)
@@ -102,11 +103,18 @@ class Relay:
 
     async def channels(self) -> Sequence[ChannelState]:
         """What waits in the outbox, by channel."""
-        found = await self.box.channels()
-        for state in found:
-            state.in_work = min(state.waiting, self._in_work.get(state.channel, 0))
-            state.waiting -= state.in_work
-        return found
+        return [self._state(count) for count in await self.box.count()]
+
+    def _state(self, count: Count) -> ChannelState:
+        in_work = min(count.waiting, self._in_work.get(count.channel, 0))
+        return ChannelState(
+            channel=count.channel,
+            group=GROUP,
+            waiting=count.waiting - in_work,
+            in_work=in_work,
+            dead=count.set_aside,
+            oldest=count.oldest,
+        )
 
     # looking
 

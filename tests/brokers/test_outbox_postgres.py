@@ -246,7 +246,9 @@ async def test_what_is_refused_for_good_is_set_aside_and_counted(
         while run(database, "SELECT count(*) FROM quintet_outbox") != [(1,)]:
             await asyncio.sleep(0)
         assert run(database, "SELECT reason FROM quintet_outbox") == [("TooLarge: 4 MB are too many",)]
-        (state,) = await service.outbox._opened[0].box.channels()
+        assert service.running
+        assert service.running.relay
+        (state,) = await service.running.relay.channels()
         assert (state.channel, state.waiting, state.dead, state.oldest) == ("shop.v1.placed", 0, 1, None)
 
 

@@ -8,11 +8,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import astuple
+
 from quintet.clock import Clock
 from quintet.delivery import Redelivery
 from quintet.errors import AddressError, ConfigurationError, TransportError
-from quintet.outbox import BATCH_BYTES, GROUP, Box, Kept, Row, Settled
-from quintet.transport import Address, ChannelState
+from quintet.outbox import BATCH_BYTES, Box, Count, Kept, Row, Settled
+from quintet.transport import Address
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection
@@ -191,8 +193,7 @@ class Keeper(Box):
 
     def add(self, transaction: Any, kept: Kept) -> Awaitable[None] | None:
         psycopg = self._psycopg
-        row = (self.service, kept.channel, kept.key, kept.id, kept.added, kept.expires, kept.message)
-        values = (*row, f"{self.service}/{kept.channel}")
+        values = (*astuple(kept), f"{kept.service}/{kept.channel}")
         if isinstance(transaction, psycopg.AsyncConnection):
             return _ended(transaction.execute(INSERT, values))
         if not isinstance(transaction, psycopg.Connection):
@@ -226,13 +227,10 @@ class Keeper(Box):
             found = await session.execute(TURN, wish, binary=True)
             return [Row(*row) for row in await found.fetchall()]
 
-    async def channels(self) -> Sequence[ChannelState]:
+    async def count(self) -> Sequence[Count]:
         async with self._session() as session:
             found = await session.execute(COUNT, [self.service])
-            return [
-                ChannelState(channel=channel, group=GROUP, waiting=waiting, in_work=0, dead=dead, oldest=oldest)
-                for channel, waiting, dead, oldest in await found.fetchall()
-            ]
+            return [Count(*row) for row in await found.fetchall()]
 
 
 async def _ended(execution: Awaitable[object]) -> None:
