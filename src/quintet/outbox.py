@@ -13,11 +13,11 @@ import pkgutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, ParamSpec, Protocol, overload
+from typing import Any, ParamSpec, Protocol, Unpack, overload
 
 from msgspec import Struct
 
-from quintet.call import DEFAULTS, Call, Options
+from quintet.call import DEFAULTS, Call, Options, Using
 from quintet.clock import Clock
 from quintet.contract import Event, Operation, Style
 from quintet.errors import AddressError, ConfigurationError
@@ -188,18 +188,11 @@ class Outbox:
     def __repr__(self) -> str:
         return f"<outbox of {self._service} at {parse_address(self.address) if self.address else 'no address'}>"
 
-    def using(
-        self,
-        *,
-        key: str = "",
-        headers: Mapping[str, str] | None = None,
-        expires: float | None = None,
-        id: str = "",  # noqa: A002 - the word for it
-    ) -> Outbox:
-        """What `using` is on a call, for events too."""
+    def using(self, **options: Unpack[Using]) -> Outbox:
+        """What `using` is on a call, for events too: key=, headers=, expires=, id=."""
         other = Outbox(self._service, self.address)
         other._opened = self._opened
-        other._options = Options(key=key, headers=headers or {}, expires=expires, id=id)
+        other._options = Options.of(options)
         return other
 
     @overload
@@ -258,10 +251,12 @@ class Outbox:
             if options is not DEFAULTS:
                 raise ConfigurationError(f"{what!r}: say using(...) of the call or of the outbox, not of both")
             options = call._options
-            if options.timeout is not None or options.native:
-                raise ConfigurationError(
-                    f"{what!r}: using(timeout=, native=) does not outlast the wait in an outbox; leave it out"
-                )
+        if options.timeout is not None or options.native:
+            name = "native=[...]" if options.native else f"timeout={options.timeout:g}"
+            raise ConfigurationError(
+                f"{what!r}: the outbox keeps no using({name}), which is for what is sent at once; leave it out:"
+                " the relay sends what waits, and tries for as long as it takes (or until expires=)"
+            )
         message = way.prepare(args, kwargs, options)
         propagate: Any = sys.modules.get("opentelemetry.propagate")
         if propagate is not None:  # the relay's span belongs to the one in work now

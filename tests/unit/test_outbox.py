@@ -40,7 +40,7 @@ from quintet import (
 )
 from quintet.binding import bind
 from quintet.errors import InvalidMessage
-from quintet.message import Message, new_id
+from quintet.message import Message, Native, new_id
 from quintet.outbox import BATCH_BYTES, Settled, open_box
 from quintet.outboxes import postgresql
 from quintet.outboxes.sqlite import Keeper
@@ -312,8 +312,12 @@ async def test_what_somebody_waits_for_and_what_is_not_the_service_s_own_is_refu
             for what, arguments in ((mail.ask, ("ann",)), (Foreign.gossip, ("psst",))):
                 with pytest.raises(ConfigurationError, match="cannot wait in an outbox"):
                     service.outbox.add(mine, what, *arguments)
-            with pytest.raises(ConfigurationError, match=r"using\(timeout=, native=\)"):
-                service.outbox.add(mine, mail.send.using(timeout=5.0), "ann", "hello")
+            for using, named in ({"timeout": 5.0}, "timeout=5"), ({"native": [Native()]}, r"native=\[\.\.\.\]"):
+                at_once = mail.send.using(**using)
+                with pytest.raises(ConfigurationError, match=rf"mail\.send>: the outbox keeps no using\({named}\)"):
+                    service.outbox.add(mine, at_once, "ann", "hello")
+                with pytest.raises(ConfigurationError, match=rf"the outbox keeps no using\({named}\)"):
+                    service.outbox.using(**using).add(mine, Shop.gossip, "psst")
             with pytest.raises(ConfigurationError, match="of the call or of the outbox"):
                 service.outbox.using(id="1").add(mine, mail.send.using(id="2"), "ann", "hello")
             with pytest.raises(TypeError, match=r"Shop\.gossip"):
