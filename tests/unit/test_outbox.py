@@ -400,9 +400,14 @@ async def test_two_sqlite_libraries_are_never_let_onto_one_file(
             pass
     service = shop(f"sqlite3:///{tmp_path}/other.db")
     async with serve(service, at="memory://"):
+        with pytest.raises(ConfigurationError, match="open in this process for an outbox at sqlite3://"):
+            async with serve(Service(name="late", idempotent=f"sqlite:///{tmp_path}/other.db"), at="memory://"):
+                pass
         with connection("sqlite", tmp_path / "third.db") as mine:
             with pytest.raises(ConfigurationError, match=r"give it a sqlite3\.Connection"):
                 service.outbox.add(mine, Shop.gossip, "psst")
+    async with serve(Service(name="later", idempotent=f"sqlite:///{tmp_path}/other.db"), at="memory://"):
+        pass  # it is free again
     monkeypatch.setattr("quintet.outboxes.sqlite3.OLDEST_SAFE", (99,))
     with pytest.raises(ConfigurationError, match="is in WAL mode"):
         async with serve(shop(f"sqlite3:///{file}"), at="memory://"):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from msgspec.structs import astuple
 
 from quintet.clock import Clock
-from quintet.database import file_of, is_open
+from quintet.database import file_of, give_back, reserve
 from quintet.errors import ConfigurationError, TransportError, Unavailable
 from quintet.outbox import Kept
 from quintet.outbox_file import FileBox
@@ -41,11 +41,7 @@ class Keeper(FileBox):
 
     async def open(self, wake: Callable[[str], None]) -> None:
         await super().open(wake)
-        if is_open(self._file):
-            raise ConfigurationError(
-                f"{self!r}: {self._file} is open in this process through apsw (a broker, an inbox, answers or an"
-                " idempotent store), and two SQLite libraries do not see each other's locks: take another file for one"
-            )
+        reserve(self._file)
         thread = self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"outbox {self._file.name}")
         try:
             await self._run(thread, self._connect)
@@ -69,9 +65,9 @@ class Keeper(FileBox):
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        connection, self._connection = self._connection, None
 
         def leave() -> None:
+            connection, self._connection = self._connection, None
             if connection is not None:
                 with contextlib.suppress(sqlite3.Error):  # then the lease ends it
                     _transact(connection, sql.leave, self._asked())
@@ -79,6 +75,7 @@ class Keeper(FileBox):
 
         await asyncio.get_running_loop().run_in_executor(thread, leave)
         thread.shutdown()
+        give_back(self._file)
 
     def add(self, transaction: Any, kept: Kept) -> Awaitable[None] | None:
         if not isinstance(transaction, sqlite3.Connection) and not hasattr(transaction, "commit"):
