@@ -20,6 +20,7 @@ from msgspec import Struct
 from quintet.call import DEFAULTS, Call, Options, Using
 from quintet.clock import Clock
 from quintet.contract import Event, Operation, Style
+from quintet.delivery import Redelivery
 from quintet.errors import AddressError, ConfigurationError
 from quintet.message import Channel, Message
 from quintet.store import UnitOfWork
@@ -147,6 +148,8 @@ class Box(ABC):
 
 BATCH_BYTES = 8 * 1024 * 1024
 """What rows that are read at once may hold together; one that is larger comes alone."""
+AGAIN = Redelivery(first=0.1, longest=2.0)
+"""The waits after failures, without an end: only a message that is refused for good is set aside."""
 
 
 def open_box(text: str, service: str, clock: Clock) -> Box:

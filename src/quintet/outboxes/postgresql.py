@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import astuple
 
 from quintet.clock import Clock
-from quintet.delivery import Redelivery
 from quintet.errors import AddressError, ConfigurationError, TransportError
-from quintet.outbox import BATCH_BYTES, Box, Count, Kept, Row, Settled
+from quintet.outbox import AGAIN, BATCH_BYTES, Box, Count, Kept, Row, Settled
 from quintet.transport import Address
 
 if TYPE_CHECKING:
@@ -73,7 +72,6 @@ DEFAULTS = {
 }
 """Of the relay's connections, where the address does not say otherwise: a server that is gone is noticed."""
 IDLE = "15s"  # that a session may be, which looks once a second: then its process hangs, and another is to relay
-AGAIN = Redelivery(first=0.1, longest=2.0)
 
 
 class Keeper(Box):
