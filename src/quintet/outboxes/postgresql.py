@@ -131,8 +131,12 @@ class Keeper(Box):
 
     async def _connect(self) -> AsyncConnection[Any]:
         connection = await self._psycopg.AsyncConnection.connect(autocommit=True, **self._options)
-        # what was sent and is there again after the server's crash is sent again, with the id that it had
-        await connection.execute("SET synchronous_commit = off")
+        try:
+            # what was sent and is there again after the server's crash is sent again, with the id that it had
+            await connection.execute("SET synchronous_commit = off")
+        except BaseException:
+            await connection.close()
+            raise
         return connection
 
     @asynccontextmanager
