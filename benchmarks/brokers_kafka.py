@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from benchmarks import brokers_ours as ours
 from benchmarks.brokers import (
     ALONE,
     MANY,
@@ -31,7 +32,6 @@ from benchmarks.brokers import (
     sample,
     side,
 )
-from benchmarks.brokers_ours import hear_quintet, hear_transport, tell_quintet, tell_transport
 from benchmarks.figure import Figure
 from quintet.message import new_id
 
@@ -156,8 +156,7 @@ async def tell_faststream(at: At, stay: Stay) -> Call:
 
 
 TELL: Peers = {
-    OURS: (hear_quintet, tell_quintet),
-    ALONE: (hear_transport, tell_transport),
+    **ours.TELL,
     "aiokafka": (hear_aiokafka, tell_aiokafka),
     FASTSTREAM: (hear_faststream, tell_faststream),
     BATCHES: (hear_faststream_batches, tell_faststream),
@@ -166,10 +165,9 @@ TELL: Peers = {
 
 
 def figures() -> list[Figure]:
-    module = "benchmarks.brokers_kafka"
     with broker("kafka") as kafka:
         tell = compare(
-            module,
+            __name__,
             "tell",
             TELL,
             kafka,
@@ -184,8 +182,8 @@ def figures() -> list[Figure]:
             tell.beside("aiokafka", MANY, 1.5),
             tell.beside(FASTSTREAM, MANY, 4),
             tell.beside(BATCHES, MANY, 4),
-            *lone_figures(module, "tell", (OURS, ALONE, "aiokafka"), kafka, confirmed=2.0),
-            *large_figures(module, "tell", kafka, beside=("aiokafka",)),
+            *lone_figures(__name__, "tell", (OURS, ALONE, "aiokafka"), kafka, confirmed=2.0),
+            *large_figures(__name__, "tell", kafka, beside=("aiokafka",)),
             *tell.figures(),
         ]
 

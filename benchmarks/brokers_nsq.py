@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from benchmarks import brokers_ours as ours
 from benchmarks.brokers import (
     ALONE,
     MANY,
@@ -26,7 +27,6 @@ from benchmarks.brokers import (
     lone_figures,
     side,
 )
-from benchmarks.brokers_ours import hear_quintet, hear_transport, tell_quintet, tell_transport
 from benchmarks.figure import Figure
 
 
@@ -61,23 +61,18 @@ async def tell_ansq(at: At, stay: Stay) -> Call:
     return call
 
 
-TELL: Peers = {
-    OURS: (hear_quintet, tell_quintet),
-    ALONE: (hear_transport, tell_transport),
-    "ansq": (hear_ansq, tell_ansq),
-}
+TELL: Peers = {**ours.TELL, "ansq": (hear_ansq, tell_ansq)}
 
 
 def figures() -> list[Figure]:
-    module = "benchmarks.brokers_nsq"
     with broker("nsq") as nsq:
         tell = compare(
-            module, "tell", TELL, nsq, title="publish + consume", levels=(MANY,), seconds=0.8, rounds=5, handled=True
+            __name__, "tell", TELL, nsq, title="publish + consume", levels=(MANY,), seconds=0.8, rounds=5, handled=True
         )
         return [
             tell.beside("ansq", MANY, 1),
-            *lone_figures(module, "tell", (OURS, ALONE, "ansq"), nsq, reaches=1.0),
-            *large_figures(module, "tell", nsq, beside=("ansq",)),
+            *lone_figures(__name__, "tell", (OURS, ALONE, "ansq"), nsq, reaches=1.0),
+            *large_figures(__name__, "tell", nsq, beside=("ansq",)),
             *tell.figures(),
         ]
 

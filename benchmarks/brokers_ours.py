@@ -3,7 +3,7 @@
 # mypy: disable-error-code="empty-body"
 from __future__ import annotations
 
-from benchmarks.brokers import MANY, PATIENCE, At, Call, Heard, Sample, Stay, decode, encode, sample
+from benchmarks.brokers import ALONE, MANY, OURS, PATIENCE, At, Call, Heard, Peers, Sample, Stay, decode, encode, sample
 from quintet import Bulkhead, Contract, Policy, Service, connect, notification, request, serve
 from quintet.message import Channel, Message, new_id
 from quintet.replies import Replies
@@ -111,3 +111,7 @@ async def hear_transport(at: At, heard: Heard, stay: Stay) -> None:
 async def tell_transport(at: At, stay: Stay) -> Call:
     transport, channel = await _transport(at, stay), Channel(at.name, durable=True)
     return lambda: transport.send(_message(at, channel))
+
+
+ASK: Peers = {OURS: (answer_quintet, ask_quintet), ALONE: (answer_transport, ask_transport)}
+TELL: Peers = {OURS: (hear_quintet, tell_quintet), ALONE: (hear_transport, tell_transport)}

@@ -13,10 +13,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from benchmarks import brokers_ours as ours
 from benchmarks.brokers import (
-    ALONE,
     MANY,
-    OURS,
     At,
     Call,
     Heard,
@@ -30,16 +29,6 @@ from benchmarks.brokers import (
     large_figures,
     sample,
     side,
-)
-from benchmarks.brokers_ours import (
-    answer_quintet,
-    answer_transport,
-    ask_quintet,
-    ask_transport,
-    hear_quintet,
-    hear_transport,
-    tell_quintet,
-    tell_transport,
 )
 from benchmarks.figure import Figure
 from quintet.message import new_id
@@ -185,27 +174,24 @@ async def tell_faststream(at: At, stay: Stay) -> Call:
 
 
 ASK: Peers = {
-    OURS: (answer_quintet, ask_quintet),
-    ALONE: (answer_transport, ask_transport),
+    **ours.ASK,
     "aio-pika": (answer_aio_pika, ask_aio_pika),
     "FastStream": (answer_faststream, ask_faststream),
 }
 TELL: Peers = {
-    OURS: (hear_quintet, tell_quintet),
-    ALONE: (hear_transport, tell_transport),
+    **ours.TELL,
     "aio-pika": (hear_aio_pika, tell_aio_pika),
     "FastStream": (hear_faststream, tell_faststream),
 }
 
 
 def figures() -> list[Figure]:
-    module = "benchmarks.brokers_rabbitmq"
     with broker("rabbitmq") as rabbitmq:
         ask = compare(
-            module, "ask", ASK, rabbitmq, title="request/response", levels=(1, 16, MANY), seconds=0.5, rounds=5
+            __name__, "ask", ASK, rabbitmq, title="request/response", levels=(1, 16, MANY), seconds=0.5, rounds=5
         )
         tell = compare(
-            module,
+            __name__,
             "tell",
             TELL,
             rabbitmq,
@@ -221,7 +207,7 @@ def figures() -> list[Figure]:
             ask.beside("aio-pika", 1, 1.8),
             tell.beside("aio-pika", MANY, 3),
             tell.beside("FastStream", MANY, 4.5),
-            *large_figures(module, "tell", rabbitmq, beside=("aio-pika",)),
+            *large_figures(__name__, "tell", rabbitmq, beside=("aio-pika",)),
             *ask.figures(),
             *tell.figures(),
         ]

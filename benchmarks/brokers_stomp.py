@@ -12,10 +12,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from benchmarks import brokers_ours as ours
 from benchmarks.brokers import (
-    ALONE,
     MANY,
-    OURS,
     At,
     Call,
     Heard,
@@ -28,14 +27,6 @@ from benchmarks.brokers import (
     large_figures,
     sample,
     side,
-)
-from benchmarks.brokers_ours import (
-    answer_quintet,
-    answer_transport,
-    ask_quintet,
-    ask_transport,
-    hear_transport,
-    tell_transport,
 )
 from benchmarks.figure import Figure
 from quintet.message import new_id
@@ -101,24 +92,19 @@ async def tell_stompman(at: At, stay: Stay) -> Call:
     return lambda: client.send(at.body(), f"/queue/{at.name}", headers=headers, receipt_timeout=10.0)
 
 
-ASK: Peers = {
-    OURS: (answer_quintet, ask_quintet),
-    ALONE: (answer_transport, ask_transport),
-    "stompman": (answer_stompman, ask_stompman),
-}
-TELL: Peers = {ALONE: (hear_transport, tell_transport), "stompman": (hear_stompman, tell_stompman)}
+ASK: Peers = {**ours.ASK, "stompman": (answer_stompman, ask_stompman)}
+TELL: Peers = {**ours.TELL, "stompman": (hear_stompman, tell_stompman)}
 
 
 def figures() -> list[Figure]:
-    module = "benchmarks.brokers_stomp"
     with broker("activemq") as activemq:
         levels = (1, 16, MANY)
         ask = compare(
-            module, "ask", ASK, activemq, title="request/response", levels=levels, seconds=0.5, rounds=5, warm=0.6
+            __name__, "ask", ASK, activemq, title="request/response", levels=levels, seconds=0.5, rounds=5, warm=0.6
         )
         return [
             ask.beside("stompman", MANY, 3),
-            *large_figures(module, "tell", activemq, beside=("stompman",)),
+            *large_figures(__name__, "tell", activemq, beside=("stompman",)),
             *ask.figures(),
         ]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any, Generic, ParamSpec, Protocol, Self, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, Self, TypeVar, Unpack
 
-from quintet.call import DEFAULTS, Line, Options
+from quintet.call import DEFAULTS, Line, Options, UsingNow
 from quintet.call import Reply as AsyncReply
 
 P = ParamSpec("P")
@@ -54,19 +54,9 @@ class Call(Generic[P, R]):
         value: R = self._run(self._line.value, args, kwargs, self._options)
         return value
 
-    def using(
-        self,
-        *,
-        timeout: float | None = None,
-        key: str = "",
-        headers: Mapping[str, str] | None = None,
-        expires: float | None = None,
-        id: str = "",  # noqa: A002 - the word for it
-    ) -> Self:
-        """The same call with other options: `timeout` in seconds, `key` for order, the user's `headers`, and after
-        how many seconds a queued message `expires`. `id`: the message's, by which a repeat of it is known as one."""
-        options = Options(timeout=timeout, key=key, headers=headers or {}, expires=expires, id=id)
-        return type(self)(self._line, self._run, options)
+    def using(self, **options: Unpack[UsingNow]) -> Self:
+        """The same call with other options: timeout=, key=, headers=, expires=, id=, native= (call.UsingNow)."""
+        return type(self)(self._line, self._run, Options.of(options))
 
     def reply(self, *args: P.args, **kwargs: P.kwargs) -> Reply[R]:
         """As the call itself, with what travels beside the value: links, headers, staleness."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Generic, ParamSpec, Protocol, Self, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, Self, TypedDict, TypeVar, Unpack
 
 from msgspec import Struct
 
@@ -15,8 +15,26 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 
+class Using(TypedDict, total=False):
+    """What `using` says of one message wherever it is said: `key` for order, the user's `headers`, after how many
+    seconds a queued message `expires`, and the message's `id`, by which a repeat of it is known as one."""
+
+    key: str
+    headers: Mapping[str, str] | None
+    expires: float | None
+    id: str
+
+
+class UsingNow(Using, total=False):
+    """What it says where the message is sent at once: `timeout` in seconds, and by `native` what one transport alone
+    can do, as `amqp.Publish(priority=5)`; others pass over it."""
+
+    timeout: float | None
+    native: Sequence[Native]
+
+
 class Options(Struct, frozen=True, kw_only=True):
-    """What `using` changes for this call only."""
+    """What was said by `using`."""
 
     timeout: float | None = None
     key: str = ""
@@ -24,6 +42,12 @@ class Options(Struct, frozen=True, kw_only=True):
     expires: float | None = None
     id: str = ""
     native: tuple[Native, ...] = ()
+
+    @classmethod
+    def of(cls, using: UsingNow | Using) -> Options:
+        given: dict[str, Any] = {**using}
+        given["headers"], given["native"] = given.get("headers") or {}, tuple(given.get("native", ()))
+        return cls(**given)
 
 
 DEFAULTS = Options()
@@ -80,21 +104,9 @@ class Call(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         return self._line.value(args, kwargs, self._options)
 
-    def using(
-        self,
-        *,
-        timeout: float | None = None,
-        key: str = "",
-        headers: Mapping[str, str] | None = None,
-        expires: float | None = None,
-        id: str = "",  # noqa: A002 - the word for it
-        native: Sequence[Native] = (),
-    ) -> Self:
-        """The same call with other options: `timeout` in seconds, `key` for order, the user's `headers`, and after
-        how many seconds a queued message `expires`. `id`: the message's, by which a repeat of it is known as one.
-        `native`: what one transport alone can do, as `amqp.Publish(priority=5)`; others pass over it."""
-        options = Options(timeout=timeout, key=key, headers=headers or {}, expires=expires, id=id, native=tuple(native))
-        return type(self)(self._line, options)
+    def using(self, **options: Unpack[UsingNow]) -> Self:
+        """The same call with other options: timeout=, key=, headers=, expires=, id=, native= (UsingNow)."""
+        return type(self)(self._line, Options.of(options))
 
     async def reply(self, *args: P.args, **kwargs: P.kwargs) -> Reply[R]:
         """As the call itself, with what travels beside the value: links, headers, staleness."""

@@ -89,6 +89,14 @@ class Clock:
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
+    async def until(self, event: asyncio.Event, seconds: float) -> None:
+        """Waits for the event, which is set by itself after so many seconds."""
+        timer = self.call_at(self.now() + seconds, event.set)
+        try:
+            await event.wait()
+        finally:
+            timer.cancel()
+
     def to_wall(self, deadline: float | None) -> float | None:
         """A deadline of this process as wall-clock time, for carriers that outlive it."""
         return None if deadline is None else self.wall() + (deadline - self.now())

@@ -18,7 +18,16 @@ from typing import Any, TypeAlias, TypeVar
 
 import apsw
 
-from quintet.errors import AddressError, CallError, ChannelFull, QuintetError, Safety, TransportError, Unavailable
+from quintet.errors import (
+    AddressError,
+    CallError,
+    ChannelFull,
+    ConfigurationError,
+    QuintetError,
+    Safety,
+    TransportError,
+    Unavailable,
+)
 from quintet.transport import Address
 
 A = TypeVar("A")
@@ -475,6 +484,8 @@ class MemoryDatabase(Database):
 _open: dict[Path, Database] = {}
 _shared: dict[str, MemoryDatabase] = {}  # those in memory that have a name
 _opening = threading.Lock()
+_reserved: list[Path] = []  # once for each that reserved it
+_TWO_LIBRARIES = ", and two SQLite libraries in one process do not see each other's locks: take another file for one"
 
 
 def file_of(address: Address) -> Path:
@@ -484,9 +495,22 @@ def file_of(address: Address) -> Path:
     return Path(address.path[1:])
 
 
-def is_open(path: Path) -> bool:
-    """Whether this process has the file open."""
-    return path.resolve() in _open
+def reserve(path: Path) -> None:
+    """Keeps a file for the standard library's SQLite, until `give_back`. Raises ConfigurationError where it is open."""
+    path = path.resolve()
+    with _opening:
+        if path in _open:
+            raise ConfigurationError(
+                f"{path} is open in this process through apsw (a broker, an inbox, answers or an idempotent store)"
+                + _TWO_LIBRARIES
+            )
+        _reserved.append(path)
+
+
+def give_back(path: Path) -> None:
+    """Ends `reserve`."""
+    with _opening:
+        _reserved.remove(path.resolve())
 
 
 async def open_database(path: Path | None, shared: str = "") -> Database:
@@ -494,7 +518,8 @@ async def open_database(path: Path | None, shared: str = "") -> Database:
 
     `shared`: the name by which one in memory is shared, too, until its last user closes it.
 
-    Raises TransportError where the file cannot be used: an old SQLite, no database, damaged, read-only, locked.
+    Raises TransportError where the file cannot be used: an old SQLite, no database, damaged, read-only, locked; and
+    ConfigurationError where this process has it open through another SQLite library.
     """
     if apsw.SQLITE_VERSION_NUMBER < OLDEST_SAFE or _library_version() < OLDEST_SAFE:
         raise TransportError(
@@ -548,6 +573,8 @@ def _acquire(path: Path) -> Database:
                 f"{path} was open when this process was forked, which SQLite does not survive: "
                 "open it after the fork only, or start processes with spawn"
             )
+        if path in _reserved:
+            raise ConfigurationError(f"{path} is open in this process for an outbox at sqlite3://{_TWO_LIBRARIES}")
         database = _open.get(path)
         if database is None:
             database = Database(path)

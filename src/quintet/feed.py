@@ -283,11 +283,7 @@ class Feed:
             while not self._closed:
                 yield b"data: " + msgspec.json.encode(await self.take()) + b"\n\n"
                 # on the second, as all other processes: charts that add them up have no seams
-                timer = self._clock.call_at(self._clock.now() + 1 - self._clock.wall() % 1, woken.set)
-                try:
-                    await woken.wait()
-                finally:
-                    timer.cancel()
+                await self._clock.until(woken, 1 - self._clock.wall() % 1)
                 woken.clear()
         finally:
             self._streams.discard(woken)

@@ -193,12 +193,8 @@ class Observer:
                 wall = self._clock.wall()
                 yield b"".join(hystrix.event(command, wall) for command in self.commands()) + hystrix.PING
                 woken.clear()
-                timer = self._clock.call_at(self._clock.now() + hystrix.INTERVAL, woken.set)
-                try:
-                    if not self._ended:
-                        await woken.wait()
-                finally:
-                    timer.cancel()
+                if not self._ended:
+                    await self._clock.until(woken, hystrix.INTERVAL)
         finally:
             self._streams.discard(woken)
 

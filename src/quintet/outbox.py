@@ -13,17 +13,19 @@ import pkgutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, ParamSpec, Protocol, overload
+from typing import Any, ParamSpec, Protocol, Unpack, overload
 
-from msgspec import Struct, msgpack
+from msgspec import Struct
 
-from quintet.call import DEFAULTS, Call, Options
+from quintet.call import DEFAULTS, Call, Options, Using
 from quintet.clock import Clock
 from quintet.contract import Event, Operation, Style
+from quintet.delivery import Redelivery
 from quintet.errors import AddressError, ConfigurationError
 from quintet.message import Channel, Message
 from quintet.store import UnitOfWork
-from quintet.transport import Address, ChannelState, parse_address
+from quintet.transport import Address, parse_address
+from quintet.wire.envelope import pack, unpack
 
 P = ParamSpec("P")
 
@@ -59,10 +61,15 @@ class Row(Struct, frozen=True, array_like=True):
     expires: float | None
     message: bytes
 
+    def unpacked(self, channel: Channel, clock: Clock) -> Message:
+        """Raises DecodeError."""
+        return unpack(self.message, channel, deadline=clock.from_wall(self.expires))
+
 
 class Kept(Struct, frozen=True, kw_only=True):
-    """A message that is to wait; times in seconds of the wall clock."""
+    """A message that is to wait, by the columns of its row; times in seconds of the wall clock."""
 
+    service: str
     channel: str
     key: str
     id: str
@@ -78,43 +85,13 @@ class Settled(Struct):
     refused: list[tuple[int, str]] = []
 
 
-class _Envelope(Struct, array_like=True):
-    """What of a message has no column of its own. Append only, with defaults: rows outlive a deployment."""
+class Count(Struct, frozen=True):
+    """What there is of a channel; how many seconds the oldest that waits is old, None where none does."""
 
-    id: str
-    operation: str
-    sender: str
-    media_type: str
-    version: str
-    key: str
-    headers: dict[str, str]
-    body: bytes
-
-
-_encode = msgpack.Encoder().encode
-_decode = msgpack.Decoder(_Envelope).decode
-
-
-def pack(message: Message) -> bytes:
-    """All of a message but its channel and deadline."""
-    m = message
-    return _encode((m.id, m.operation, m.sender, m.media_type, m.version, m.key, m.headers, m.body))
-
-
-def unpack(packed: bytes, channel: Channel) -> Message:
-    """The reverse. Raises DecodeError."""
-    e = _decode(packed)
-    return Message(
-        channel=channel,
-        body=e.body,
-        id=e.id,
-        operation=e.operation,
-        sender=e.sender,
-        media_type=e.media_type,
-        version=e.version,
-        key=e.key,
-        headers=e.headers,
-    )
+    channel: str
+    waiting: int
+    set_aside: int
+    oldest: float | None
 
 
 class Way(Struct, frozen=True):
@@ -165,14 +142,14 @@ class Box(ABC):
         """Writes what became of rows of a channel, and gives the next ones in order, about 8 MB at most."""
 
     @abstractmethod
-    async def channels(self) -> Sequence[ChannelState]:
-        """How many messages of each channel wait, and how many were set aside (`dead`)."""
+    async def count(self) -> Sequence[Count]:
+        """How many messages of each channel wait, and how many were set aside."""
 
 
 BATCH_BYTES = 8 * 1024 * 1024
 """What rows that are read at once may hold together; one that is larger comes alone."""
-GROUP = "quintet.outbox"
-"""Stands for the group in what is shown of a channel's messages that are not sent yet."""
+AGAIN = Redelivery(first=0.1, longest=2.0)
+"""The waits after failures, without an end: only a message that is refused for good is set aside."""
 
 
 def open_box(text: str, service: str, clock: Clock) -> Box:
@@ -214,18 +191,11 @@ class Outbox:
     def __repr__(self) -> str:
         return f"<outbox of {self._service} at {parse_address(self.address) if self.address else 'no address'}>"
 
-    def using(
-        self,
-        *,
-        key: str = "",
-        headers: Mapping[str, str] | None = None,
-        expires: float | None = None,
-        id: str = "",  # noqa: A002 - the word for it
-    ) -> Outbox:
-        """What `using` is on a call, for events too."""
+    def using(self, **options: Unpack[Using]) -> Outbox:
+        """What `using` is on a call, for events too: key=, headers=, expires=, id=."""
         other = Outbox(self._service, self.address)
         other._opened = self._opened
-        other._options = Options(key=key, headers=headers or {}, expires=expires, id=id)
+        other._options = Options.of(options)
         return other
 
     @overload
@@ -259,7 +229,7 @@ class Outbox:
         """
         way, message = self._prepared(what, args, kwargs)
         box = self._opened[0].box
-        written = box.add(transaction, _kept(way, message, box.clock))
+        written = box.add(transaction, _kept(way, message, box))
         return message.id if written is None else _written(written, message.id)
 
     def _prepared(
@@ -284,10 +254,12 @@ class Outbox:
             if options is not DEFAULTS:
                 raise ConfigurationError(f"{what!r}: say using(...) of the call or of the outbox, not of both")
             options = call._options
-            if options.timeout is not None or options.native:
-                raise ConfigurationError(
-                    f"{what!r}: using(timeout=, native=) does not outlast the wait in an outbox; leave it out"
-                )
+        if options.timeout is not None or options.native:
+            name = "native=[...]" if options.native else f"timeout={options.timeout:g}"
+            raise ConfigurationError(
+                f"{what!r}: the outbox keeps no using({name}), which is for what is sent at once; leave it out:"
+                " the relay sends what waits, and tries for as long as it takes (or until expires=)"
+            )
         message = way.prepare(args, kwargs, options)
         propagate: Any = sys.modules.get("opentelemetry.propagate")
         if propagate is not None:  # the relay's span belongs to the one in work now
@@ -295,11 +267,12 @@ class Outbox:
         return way, message
 
 
-def _kept(way: Way, message: Message, clock: Clock) -> Kept:
-    deadline, expires = message.deadline, way.operation.expires
+def _kept(way: Way, message: Message, box: Box) -> Kept:
+    clock, deadline, expires = box.clock, message.deadline, way.operation.expires
     if deadline is None and expires is not None:
         deadline = clock.now() + expires  # from now on, however long the wait is
     return Kept(
+        service=box.service,
         channel=way.operation.channel.name,
         key=message.key,
         id=message.id,

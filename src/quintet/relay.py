@@ -20,10 +20,9 @@ from quintet.call import Options
 from quintet.client import Sender
 from quintet.clock import Clock
 from quintet.contract import Fault
-from quintet.delivery import Redelivery
 from quintet.errors import CallError, RemoteError, Safety, TransportError
 from quintet.message import Message
-from quintet.outbox import SENDABLE, Box, Desk, Outbox, Row, Settled, Way, unpack
+from quintet.outbox import AGAIN, SENDABLE, Box, Count, Desk, Outbox, Row, Settled, Way
 from quintet.policy import Policy
 from quintet.transport import Address, ChannelState
 from quintet.watch import Watch
@@ -32,10 +31,9 @@ log = logging.getLogger("quintet.relay")
 
 POLICY = Policy(timeout=5.0, breaker=False, bulkhead=False, retry=False, hedge=False)
 """Of what is relayed: the relay waits and tries again by itself, and is to find at once that a broker is back."""
+GROUP = "quintet.outbox"  # stands for the group in what is shown of a channel's messages that are not sent yet
 BATCH = 200  # rows of a channel that are sent at once
 LOOK_SECONDS = 1.0  # between two looks at the table, for what no wake-up told
-AGAIN = Redelivery(first=0.1, longest=2.0)
-"""The waits after failures, without an end: only a message that is refused for good is set aside."""
 
 
 class Relay:
@@ -89,24 +87,29 @@ class Relay:
                 self._looking.cancel()
                 await asyncio.wait([self._looking])
                 await self._look_once()
-            if self._lanes:
-                await asyncio.wait(self._lanes.values())
+            await asyncio.gather(*self._lanes.values(), return_exceptions=True)
         finally:
             for lane in self._lanes.values():
                 lane.cancel()
-            if self._lanes:
-                await asyncio.wait(self._lanes.values())
+            await asyncio.gather(*self._lanes.values(), return_exceptions=True)
             if self._outbox is not None:
                 self._outbox._opened.clear()
             await self.box.close()
 
     async def channels(self) -> Sequence[ChannelState]:
         """What waits in the outbox, by channel."""
-        found = await self.box.channels()
-        for state in found:
-            state.in_work = min(state.waiting, self._in_work.get(state.channel, 0))
-            state.waiting -= state.in_work
-        return found
+        return [self._state(count) for count in await self.box.count()]
+
+    def _state(self, count: Count) -> ChannelState:
+        in_work = min(count.waiting, self._in_work.get(count.channel, 0))
+        return ChannelState(
+            channel=count.channel,
+            group=GROUP,
+            waiting=count.waiting - in_work,
+            in_work=in_work,
+            dead=count.set_aside,
+            oldest=count.oldest,
+        )
 
     # looking
 
@@ -126,11 +129,7 @@ class Relay:
         while True:
             self._woken.clear()
             await self._look_once()
-            timer = self._clock.call_at(self._clock.now() + LOOK_SECONDS, self._woken.set)
-            try:
-                await self._woken.wait()
-            finally:
-                timer.cancel()
+            await self._clock.until(self._woken, LOOK_SECONDS)
 
     async def _look_once(self) -> None:
         try:
@@ -196,11 +195,9 @@ class Relay:
         """Or until the relay is to stop."""
         over = asyncio.Event()
         self._paused.add(over)
-        timer = self._clock.call_at(self._clock.now() + seconds, over.set)
         try:
-            await over.wait()
+            await self._clock.until(over, seconds)
         finally:
-            timer.cancel()
             self._paused.discard(over)
 
     async def _send(self, channel: str, rows: Sequence[Row], settled: Settled) -> Exception | None:
@@ -229,8 +226,7 @@ class Relay:
                 settled.sent.append(row.seq)  # as its sender wished
                 continue
             try:
-                message = unpack(row.message, channel)
-                message.deadline = self._clock.from_wall(row.expires)
+                message = row.unpacked(channel, self._clock)
                 await _within_trace(way, message)
             except DecodeError as error:
                 self._set_aside(channel.name, row, f"its row cannot be read: {error}", settled)

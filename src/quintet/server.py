@@ -9,13 +9,13 @@ import os
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, Unpack
 
 from msgspec import Struct, structs
 from msgspec.structs import asdict, astuple
 
 from quintet.binding import DECLINED, Bound, bind
-from quintet.call import DEFAULTS, Answer, Options
+from quintet.call import DEFAULTS, Answer, Options, UsingNow
 from quintet.client import Carriers, Sender, plug
 from quintet.clock import SYSTEM, Clock
 from quintet.compiler import model_of
@@ -173,19 +173,9 @@ class Service:
         """Publishes an event of this service's contract; returns once it is accepted. Raises CallError."""
         await self._running().publish(operation, args, kwargs, DEFAULTS)
 
-    def using(
-        self,
-        *,
-        timeout: float | None = None,
-        key: str = "",
-        headers: Mapping[str, str] | None = None,
-        expires: float | None = None,
-        id: str = "",  # noqa: A002 - the word for it
-        native: Sequence[Native] = (),
-    ) -> Publishing:
+    def using(self, **options: Unpack[UsingNow]) -> Publishing:
         """What `using` is on a call: `await service.using(headers={...}).publish(Trips.created, trip)`."""
-        options = Options(timeout=timeout, key=key, headers=headers or {}, expires=expires, id=id, native=tuple(native))
-        return Publishing(self, options)
+        return Publishing(self, Options.of(options))
 
     async def transport(self, address: str) -> Transport:
         """The open transport of one of the running service's addresses; its `native` is the broker's own connection."""

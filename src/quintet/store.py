@@ -262,7 +262,8 @@ class Store(Struct, frozen=True):
     """Where a service keeps what it has handled: `Service(..., idempotent=Store("sqlite:///orders.db", schema=...))`.
 
     `keep`: seconds that a repeat is known as one. `schema`: statements run at each start, CREATE TABLE IF NOT EXISTS
-    and the like, for the tables that handlers use through `current().store`.
+    and the like, for the tables that handlers use through `current().store`. Who opens the file beside it in the same
+    process does so by apsw: the standard library's sqlite3 does not see its locks.
     """
 
     address: str

@@ -190,6 +190,28 @@ async def test_messages_of_one_key_are_sent_in_order_by_one_of_two_instances_eac
         assert mine == sorted(mine)
 
 
+async def test_a_service_that_stops_while_its_relay_connects_leaves_no_connection_open(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections: list[psycopg.AsyncConnection[Any]] = []
+    connecting, execute = asyncio.Event(), psycopg.AsyncConnection.execute
+
+    async def never(self: psycopg.AsyncConnection[Any], query: Any, *values: Any, **options: Any) -> Any:
+        if query.startswith("SET synchronous_commit"):
+            connections.append(self)
+            if len(connections) == 2:  # the one that listens
+                connecting.set()
+                await asyncio.Event().wait()
+        return await execute(self, query, *values, **options)
+
+    monkeypatch.setattr(psycopg.AsyncConnection, "execute", never)
+    box = open_box(database, "shop", FakeClock())
+    await box.open(lambda _: None)
+    await connecting.wait()
+    await box.close()
+    assert [connection.closed for connection in connections] == [True, True]
+
+
 async def test_another_instance_takes_over_when_the_session_of_the_one_that_relays_ends(database: str) -> None:
     told: list[Occurrence] = []
     heard, one, other = Heard(), shop(database), shop(database)
@@ -246,7 +268,9 @@ async def test_what_is_refused_for_good_is_set_aside_and_counted(
         while run(database, "SELECT count(*) FROM quintet_outbox") != [(1,)]:
             await asyncio.sleep(0)
         assert run(database, "SELECT reason FROM quintet_outbox") == [("TooLarge: 4 MB are too many",)]
-        (state,) = await service.outbox._opened[0].box.channels()
+        assert service.running
+        assert service.running.relay
+        (state,) = await service.running.relay.channels()
         assert (state.channel, state.waiting, state.dead, state.oldest) == ("shop.v1.placed", 0, 1, None)
 
 

@@ -297,7 +297,7 @@ def call_and_wait() -> None:
         client.pick_up("t-1")
         client.ping()
         assert_type(client.get.using(timeout=0.1, key="t-1", headers={"x": "y"})("t-1"), Trip)
-        client.pick_up.using(expires=60.0)("t-1", at=Place(2.0))
+        client.pick_up.using(expires=60.0, native=[Native()])("t-1", at=Place(2.0))
         with deadline(0.5):
             reply = client.get.reply("t-1")
         assert_type(reply, blocking.Reply[Trip])

@@ -157,6 +157,7 @@ async def send() -> None:
     service.outbox.add(current().store, Trips.created)  # wrong: the event is missing
     service.outbox.add(current().store, Trips.get, "t-1")  # wrong: a request is no client's call
     service.outbox.add("sqlite:///trips.db", Trips.created, trip)  # wrong: no transaction
+    service.outbox.using(timeout=1.0)  # wrong: what is for a message that is sent at once
     service.ask(Trips.created, trip)  # wrong: an event is not asked
     service.ask(Trips.offers, "t-1")  # wrong: type of the question
     service.ask(Trips.offers, trip).within()  # wrong: the time is missing

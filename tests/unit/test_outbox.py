@@ -40,8 +40,8 @@ from quintet import (
 )
 from quintet.binding import bind
 from quintet.errors import InvalidMessage
-from quintet.message import Message, new_id
-from quintet.outbox import BATCH_BYTES, Settled, open_box, pack
+from quintet.message import Message, Native, new_id
+from quintet.outbox import BATCH_BYTES, Settled, open_box
 from quintet.outboxes import postgresql
 from quintet.outboxes.sqlite import Keeper
 from quintet.relay import LOOK_SECONDS
@@ -49,6 +49,7 @@ from quintet.testing import FakeClock
 from quintet.testing.harness import harness
 from quintet.transports.memory import Carrier
 from quintet.watch import Occurrence
+from quintet.wire.envelope import pack
 from quintet.wire.outbox import INSERT, LEASE, SCHEMA
 
 HERE = Path(__file__).parent
@@ -311,8 +312,12 @@ async def test_what_somebody_waits_for_and_what_is_not_the_service_s_own_is_refu
             for what, arguments in ((mail.ask, ("ann",)), (Foreign.gossip, ("psst",))):
                 with pytest.raises(ConfigurationError, match="cannot wait in an outbox"):
                     service.outbox.add(mine, what, *arguments)
-            with pytest.raises(ConfigurationError, match=r"using\(timeout=, native=\)"):
-                service.outbox.add(mine, mail.send.using(timeout=5.0), "ann", "hello")
+            for using, named in ({"timeout": 5.0}, "timeout=5"), ({"native": [Native()]}, r"native=\[\.\.\.\]"):
+                at_once = mail.send.using(**using)
+                with pytest.raises(ConfigurationError, match=rf"mail\.send>: the outbox keeps no using\({named}\)"):
+                    service.outbox.add(mine, at_once, "ann", "hello")
+                with pytest.raises(ConfigurationError, match=rf"the outbox keeps no using\({named}\)"):
+                    service.outbox.using(**using).add(mine, Shop.gossip, "psst")
             with pytest.raises(ConfigurationError, match="of the call or of the outbox"):
                 service.outbox.using(id="1").add(mine, mail.send.using(id="2"), "ann", "hello")
             with pytest.raises(TypeError, match=r"Shop\.gossip"):
@@ -395,9 +400,14 @@ async def test_two_sqlite_libraries_are_never_let_onto_one_file(
             pass
     service = shop(f"sqlite3:///{tmp_path}/other.db")
     async with serve(service, at="memory://"):
+        with pytest.raises(ConfigurationError, match="open in this process for an outbox at sqlite3://"):
+            async with serve(Service(name="late", idempotent=f"sqlite:///{tmp_path}/other.db"), at="memory://"):
+                pass
         with connection("sqlite", tmp_path / "third.db") as mine:
             with pytest.raises(ConfigurationError, match=r"give it a sqlite3\.Connection"):
                 service.outbox.add(mine, Shop.gossip, "psst")
+    async with serve(Service(name="later", idempotent=f"sqlite:///{tmp_path}/other.db"), at="memory://"):
+        pass  # it is free again
     monkeypatch.setattr("quintet.outboxes.sqlite3.OLDEST_SAFE", (99,))
     with pytest.raises(ConfigurationError, match="is in WAL mode"):
         async with serve(shop(f"sqlite3:///{file}"), at="memory://"):

@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import astuple
+
 from quintet.clock import Clock
-from quintet.delivery import Redelivery
 from quintet.errors import AddressError, ConfigurationError, TransportError
-from quintet.outbox import BATCH_BYTES, GROUP, Box, Kept, Row, Settled
-from quintet.transport import Address, ChannelState
+from quintet.outbox import AGAIN, BATCH_BYTES, Box, Count, Kept, Row, Settled
+from quintet.transport import Address
 
 if TYPE_CHECKING:
     from psycopg import AsyncConnection
@@ -71,7 +72,6 @@ DEFAULTS = {
 }
 """Of the relay's connections, where the address does not say otherwise: a server that is gone is noticed."""
 IDLE = "15s"  # that a session may be, which looks once a second: then its process hangs, and another is to relay
-AGAIN = Redelivery(first=0.1, longest=2.0)
 
 
 class Keeper(Box):
@@ -131,8 +131,12 @@ class Keeper(Box):
 
     async def _connect(self) -> AsyncConnection[Any]:
         connection = await self._psycopg.AsyncConnection.connect(autocommit=True, **self._options)
-        # what was sent and is there again after the server's crash is sent again, with the id that it had
-        await connection.execute("SET synchronous_commit = off")
+        try:
+            # what was sent and is there again after the server's crash is sent again, with the id that it had
+            await connection.execute("SET synchronous_commit = off")
+        except BaseException:
+            await connection.close()
+            raise
         return connection
 
     @asynccontextmanager
@@ -191,8 +195,7 @@ class Keeper(Box):
 
     def add(self, transaction: Any, kept: Kept) -> Awaitable[None] | None:
         psycopg = self._psycopg
-        row = (self.service, kept.channel, kept.key, kept.id, kept.added, kept.expires, kept.message)
-        values = (*row, f"{self.service}/{kept.channel}")
+        values = (*astuple(kept), f"{kept.service}/{kept.channel}")
         if isinstance(transaction, psycopg.AsyncConnection):
             return _ended(transaction.execute(INSERT, values))
         if not isinstance(transaction, psycopg.Connection):
@@ -226,13 +229,10 @@ class Keeper(Box):
             found = await session.execute(TURN, wish, binary=True)
             return [Row(*row) for row in await found.fetchall()]
 
-    async def channels(self) -> Sequence[ChannelState]:
+    async def count(self) -> Sequence[Count]:
         async with self._session() as session:
             found = await session.execute(COUNT, [self.service])
-            return [
-                ChannelState(channel=channel, group=GROUP, waiting=waiting, in_work=0, dead=dead, oldest=oldest)
-                for channel, waiting, dead, oldest in await found.fetchall()
-            ]
+            return [Count(*row) for row in await found.fetchall()]
 
 
 async def _ended(execution: Awaitable[object]) -> None:

@@ -63,12 +63,7 @@ class FakeClock(Clock):
         if seconds <= 0:
             await asyncio.sleep(0)
             return
-        woken = asyncio.Event()
-        timer = self.call_at(self._now + seconds, woken.set)
-        try:
-            await woken.wait()
-        finally:
-            timer.cancel()
+        await self.until(asyncio.Event(), seconds)
 
     async def advance(self, seconds: float) -> None:
         """Moves time on by `seconds` (>= 0) and runs each timer that falls due, in order and at its own time.

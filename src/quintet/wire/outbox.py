@@ -30,7 +30,7 @@ LEASE = 5.0
 
 
 class Look(Struct, frozen=True):
-    """What one instance asks: which channels wait?"""
+    """Who asks, and when."""
 
     service: str
     holder: str
@@ -49,7 +49,14 @@ class Turn(Struct, frozen=True):
     most_bytes: int
 
 
+def create(execute: Execute, _: None) -> None:
+    """The tables, where the file has none yet."""
+    for statement in SCHEMA:
+        execute(statement)
+
+
 def look(execute: Execute, asked: Look) -> list[str] | None:
+    """The channels in which something waits; None where another instance relays."""
     if not _leads(execute, asked):
         return None
     # steps from channel to channel through the index, for there may be a million rows
@@ -81,12 +88,13 @@ def turn(execute: Execute, wish: Turn) -> list[Any]:
     return execute(sql, wish.look.service, wish.channel, wish.limit, wish.most_bytes)
 
 
-def count(execute: Execute, service: str) -> list[Any]:
-    """(channel, waiting, set aside, when the oldest that waits was added)."""
+def count(execute: Execute, asked: Look) -> list[Any]:
+    """(channel, waiting, set aside, how many seconds the oldest that waits is old)."""
     sql = """
-      SELECT channel, count(*) - count(reason), count(reason), min(added) FILTER (WHERE reason IS NULL)
-      FROM quintet_outbox WHERE service = ? GROUP BY channel"""
-    return execute(sql, service)
+      SELECT channel, count(*) - count(reason), count(reason),
+        max(0.0, ?1 - min(added) FILTER (WHERE reason IS NULL))
+      FROM quintet_outbox WHERE service = ?2 GROUP BY channel"""
+    return execute(sql, asked.now, asked.service)
 
 
 def leave(execute: Execute, asked: Look) -> None:

@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from msgspec import DecodeError, Struct, msgpack
+from msgspec import DecodeError, Struct
 
 from quintet.database import Transaction, one_by_one
 from quintet.errors import ChannelFull
 from quintet.message import Channel, Message
 from quintet.transport import ChannelState, DeadLetter
+from quintet.wire.envelope import pack as pack
+from quintet.wire.envelope import unpack as unpack
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS quintet_receiver (
@@ -76,54 +78,6 @@ def queue_topic(queue: int) -> str:
 def tail_topic(tail: int) -> str:
     """What a tail listens to."""
     return f"tail {tail}"
-
-
-class Envelope(Struct, array_like=True):
-    """The columns that nothing selects by, in one MessagePack array; append only, with defaults."""
-
-    id: str
-    operation: str
-    sender: str
-    media_type: str
-    version: str
-    key: str
-    reply_to: str
-    correlation_id: str
-    status: str
-    headers: dict[str, str]
-    body: bytes
-
-
-_encode = msgpack.Encoder().encode
-_decode = msgpack.Decoder(Envelope).decode
-
-
-def pack(message: Message) -> bytes:
-    """All of a message but its channel, deadline and attempt."""
-    m = message
-    named = (m.id, m.operation, m.sender, m.media_type, m.version, m.key, m.reply_to, m.correlation_id, m.status)
-    return _encode((*named, m.headers, m.body))
-
-
-def unpack(packed: bytes, channel: Channel, attempt: int = 1, deadline: float | None = None) -> Message:
-    """The reverse of `pack`."""
-    e = _decode(packed)
-    return Message(
-        channel=channel,
-        body=e.body,
-        id=e.id,
-        operation=e.operation,
-        sender=e.sender,
-        media_type=e.media_type,
-        version=e.version,
-        key=e.key,
-        reply_to=e.reply_to,
-        correlation_id=e.correlation_id,
-        status=e.status,
-        deadline=deadline,
-        attempt=attempt,
-        headers=e.headers,
-    )
 
 
 # Receivers and their queues
