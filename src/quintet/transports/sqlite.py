@@ -17,6 +17,7 @@ from quintet.errors import AddressError, TransportError, Unavailable
 from quintet.message import Channel, Message
 from quintet.transport import Address, Again, ChannelState, Dead, DeadLetter, Done, Finding, Receive, Trait, Transport
 from quintet.wire import sqlite as engine
+from quintet.wire.envelope import pack, unpack
 from quintet.workers import Workers
 
 LOOK_SECONDS = 5.0
@@ -108,7 +109,7 @@ class Carrier(Transport):
             message.attempt,
             clock.wall(),
             self._capacity,
-            engine.pack(message),
+            pack(message),
         )
         try:
             await self.database.submit(engine.enqueue, send, durable=channel.durable and self._to_disk)
@@ -323,7 +324,7 @@ class _Serving:
     async def _deliver(self, delivery: Delivery) -> None:
         (seq, attempt, key, expires, packed), claim = delivery
         try:
-            message = engine.unpack(packed, self.channel, attempt, self.carrier.clock.from_wall(expires))
+            message = unpack(packed, self.channel, attempt, self.carrier.clock.from_wall(expires))
             verdict = await self.receive(message)
         except DecodeError as error:
             verdict = Dead(f"its row in {self.carrier.database.path} cannot be read: {error}")

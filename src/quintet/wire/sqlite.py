@@ -19,8 +19,7 @@ from quintet.database import Transaction, one_by_one
 from quintet.errors import ChannelFull
 from quintet.message import Channel, Message
 from quintet.transport import ChannelState, DeadLetter
-from quintet.wire.envelope import pack as pack
-from quintet.wire.envelope import unpack as unpack
+from quintet.wire.envelope import unpack
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS quintet_receiver (
