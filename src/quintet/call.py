@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Protocol, Self, TypedDict, TypeVar, Unpack
 
 from msgspec import Struct
 
+from quintet.errors import ConfigurationError
 from quintet.message import Native
 
 P = ParamSpec("P")
@@ -42,6 +44,11 @@ class Options(Struct, frozen=True, kw_only=True):
     expires: float | None = None
     id: str = ""
     native: tuple[Native, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, seconds in (("timeout", self.timeout), ("expires", self.expires)):
+            if seconds is not None and not 0 <= seconds < math.inf:
+                raise ConfigurationError(f"using({name}={seconds}): seconds from 0 on, or None for no limit")
 
     @classmethod
     def of(cls, using: UsingNow | Using) -> Options:

@@ -62,6 +62,8 @@ def tls(address: Address) -> ssl.SSLContext:
     options = address.options
     if (verify := options.get("verify", "on")) not in ("on", "off"):
         raise AddressError(f"{address}: option verify={verify!r} must be on or off")
+    if "certkey" in options and "cert" not in options:
+        raise AddressError(f"{address}: option certkey= is the key of a certificate: name that by cert=")
     for name in ("ca", "cert", "certkey"):
         if name in options and not Path(options[name]).is_file():
             raise AddressError(f"{address}: option {name}={options[name]!r} is no file")
@@ -401,17 +403,16 @@ class Connection(Generic[S]):
         return min(seconds * 2, PAUSE_LONGEST)
 
     async def _connect(self) -> tuple[Link, S]:
-        """Tries each host in turn, first the one that was well the last time."""
+        """Tries each host in turn, first the one that was well the last time. Raises Refused where all of them refuse:
+        one alone may be full, or about to go."""
         errors: list[Exception] = []
         for _ in range(len(self._hosts)):
             try:
                 return await self._reach(*self._hosts[0])
-            except Refused:
-                raise
             except (QuintetError, OSError, TimeoutError) as error:
                 errors.append(error)
                 self._hosts.append(self._hosts.pop(0))
-        raise errors[0]
+        raise next((error for error in errors if not isinstance(error, Refused)), errors[0])
 
     async def _reach(self, host: str, port: int) -> tuple[Link, S]:
         loop = asyncio.get_running_loop()

@@ -21,7 +21,7 @@ from quintet.wire.names import (
 DEAD_LETTERS = Channel(DEAD, durable=True)
 
 TIMES_KEPT = 100  # of failed attempts; the oldest go first
-LONGEST_REASON = 4000  # characters
+LONGEST_REASON = 4000  # bytes: ActiveMQ hangs up over a header of more than 10 KiB, and STOMP may write two for one
 _OURS = frozenset({DEAD_AT, DEAD_CHANNEL, DEAD_FANOUT, DEAD_GROUP, DEAD_ID, DEAD_REASON})
 
 
@@ -37,7 +37,7 @@ def bury(message: Message, group: str, reason: str, clock: Clock) -> Message:
     headers[DEAD_CHANNEL] = channel.name
     headers[DEAD_FANOUT] = "yes" if channel.fanout else ""
     headers[DEAD_GROUP] = group if channel.fanout else ""
-    headers[DEAD_REASON] = reason[:LONGEST_REASON]
+    headers[DEAD_REASON] = reason.encode(errors="replace")[:LONGEST_REASON].decode(errors="ignore")
     headers[DEAD_AT] = f"{clock.wall():.3f}"
     headers[DEAD_ID] = f"{message.id}@{group if channel.fanout else channel.name}"
     return structs.replace(message, channel=DEAD_LETTERS, headers=headers, deadline=None, until=None, native=())

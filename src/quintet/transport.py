@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from enum import Enum
@@ -77,14 +79,37 @@ class Address(Struct, frozen=True):
     """All hosts and their ports, where a broker has several addresses: `amqp://one:5672,two:5672/`."""
 
     def __str__(self) -> str:
-        return self.text.replace(f":{self.password}@", ":***@") if self.password else self.text
+        return masked(self.text)
 
-    def option(self, name: str, default: float) -> float:
-        """A number among the options; refuses what is no number."""
+    def option(self, name: str, default: float, least: float = 0.0) -> float:
+        """A number among the options. Raises AddressError for less than `least`, and for what is none."""
+        text = self.options.get(name)
+        if text is None:
+            return default
         try:
-            return float(self.options.get(name, default))
+            number = float(text)
         except ValueError:
-            raise AddressError(f"{self}: option {name}={self.options[name]!r} is not a number") from None
+            raise AddressError(f"{self}: option {name}={text!r} is not a number") from None
+        if not least <= number < math.inf:
+            raise AddressError(f"{self}: option {name} must be a number of at least {least:g}")
+        return number
+
+    def count(self, name: str, default: int, least: int = 1) -> int:
+        """A whole number among the options. Raises AddressError as `option` does."""
+        number = self.option(name, default, least)
+        if number != int(number):
+            raise AddressError(f"{self}: option {name}={self.options[name]!r} is not a whole number")
+        return int(number)
+
+
+_PASSWORD = re.compile(r"(?<=://)([^:/?#]*):.*@")
+_SECRET = re.compile(r"([?&][^=&]*(?:password|secret)[^=&]*=)[^&]*", re.IGNORECASE)
+
+
+def masked(address: str) -> str:
+    """An address as it may be shown: without passwords."""
+    head, mark, options = address.partition("?")
+    return _PASSWORD.sub(r"\1:***@", head) + _SECRET.sub(r"\1***", mark + options)
 
 
 class Tell(Protocol):
@@ -261,7 +286,12 @@ def parse_address(text: str) -> Address:
         each = [urlsplit(f"//{host}") for host in parts.netloc.rpartition("@")[2].split(",")]
         hosts = tuple((one.hostname or "", one.port) for one in each)
     except ValueError:
-        raise AddressError(f"{text!r}: the port must be a number from 0 to 65535") from None
+        hidden = "@" in text and "@" not in text.partition("?")[0]  # what looks like a port is of a password
+        raise AddressError(
+            f"{parts.scheme + '://...' if hidden else masked(text)}: the port must be a number from 0 to 65535 (in a password write / ? # @ as %2F %3F %23 %40)"
+        ) from None
+    if re.search(r":\d+,", parts.netloc.rpartition("@")[0]):
+        raise AddressError(f"{masked(text)}: user and password belong before the first of the hosts, for all of them")
     return Address(
         text=text,
         scheme=parts.scheme,

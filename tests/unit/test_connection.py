@@ -13,7 +13,7 @@ import quintet.connection as connection
 from quintet.clock import SYSTEM, Clock
 from quintet.connection import Connection, Link, Lost, Refused, Session, credentials
 from quintet.errors import AddressError, Safety, Unavailable
-from quintet.transport import open_address, parse_address
+from quintet.transport import masked, open_address, parse_address
 
 
 class Broker:
@@ -178,6 +178,14 @@ async def test_a_refusal_is_no_reason_to_try_again_and_says_why() -> None:
             pass
 
 
+async def test_a_host_that_refuses_does_not_keep_the_next_one_from_being_tried() -> None:
+    full, there = Broker(greeting=b"no\n"), Broker()
+    await full.up()
+    await there.up()
+    async with connected(full, there) as link:
+        assert link.host == ("127.0.0.1", there.port)
+
+
 async def test_nobody_there_is_said_with_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "FIRST_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as unused:
@@ -305,8 +313,49 @@ def test_an_address_may_name_several_hosts() -> None:
 
 
 @pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("amqp://u:gu%65st@h/x", "amqp://u:***@h/x"),
+        ("amqp://u:se/cr@et@h", "amqp://u:***@h"),
+        ("amqp://u:p@one,two:5671/v?ca=/x", "amqp://u:***@one,two:5671/v?ca=/x"),
+        ("kafka://h?rdkafka.sasl.password=secret&tls=on", "kafka://h?rdkafka.sasl.password=***&tls=on"),
+        ("http://h:80/a?x=a@b", "http://h:80/a?x=a@b"),
+        ("sqlite:///a:b.db", "sqlite:///a:b.db"),
+    ],
+)
+def test_no_password_is_shown_however_it_is_written(address: str, shown: str) -> None:
+    assert masked(address) == shown
+
+
+@pytest.mark.parametrize("password", ["secret", "se/cret", "se#cret", "se?cret"])
+def test_a_wrong_port_is_told_without_the_password(password: str) -> None:
+    with pytest.raises(AddressError, match="the port must be a number") as told:
+        parse_address(f"amqp://guest:{password}@host:abc")
+    assert "cret" not in str(told.value)
+
+
+def test_user_and_password_stand_before_all_hosts() -> None:
+    with pytest.raises(AddressError, match="before the first of the hosts"):
+        parse_address("amqp://one:5671,user:secret@two")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-1", "soon"])
+def test_an_option_that_is_no_number_is_refused_in_one_sentence(number: str) -> None:
+    address = parse_address(f"memory://?capacity={number}")
+    with pytest.raises(AddressError, match="option capacity"):
+        address.option("capacity", 1.0)
+    with pytest.raises(AddressError, match="is not a whole number"):
+        parse_address("memory://?capacity=1.5").count("capacity", 1)
+
+
+@pytest.mark.parametrize(
     ("option", "sentence"),
-    [("verify=maybe", "must be on or off"), ("ca=/no/such.pem", "is no file"), ("cert=/no/such.pem", "is no file")],
+    [
+        ("verify=maybe", "must be on or off"),
+        ("ca=/no/such.pem", "is no file"),
+        ("cert=/no/such.pem", "is no file"),
+        ("certkey=/no/such.pem", "name that by cert="),
+    ],
 )
 def test_tls_options_are_refused_in_one_sentence(option: str, sentence: str) -> None:
     with pytest.raises(AddressError, match=sentence):

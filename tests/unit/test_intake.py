@@ -108,6 +108,16 @@ async def test_a_keyed_message_that_fails_is_held_back_here_with_those_behind_it
     assert (broker.acknowledged, broker.sent_again, intake.size) == ([b"b1", b"a1", b"a2"], [], 0)
 
 
+async def test_the_reason_of_a_dead_letter_is_not_longer_than_a_broker_takes_in_a_header() -> None:
+    broker = Broker()
+    intake = intake_of(broker, Receiver(Dead("漢" * 5000)), FakeClock())
+    intake.put(Sent(b"1"))
+    await turns()
+    reason = letter(broker.buried[0]).reason
+    assert 3990 < len(reason.encode()) <= 4000
+    assert set(reason) == {"漢"}
+
+
 async def test_a_dead_letter_tells_all_its_attempts_also_those_that_were_counted_here() -> None:
     clock, broker = FakeClock(), Broker()
     intake = intake_of(broker, Receiver(Again(1.0), Again(1.0), Dead("no car")), clock)

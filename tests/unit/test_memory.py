@@ -63,7 +63,7 @@ def test_it_is_like_the_transport_that_is_asked_for() -> None:
     ("address", "sentence"),
     [
         ("memory://?like=pigeons", "unknown scheme 'pigeons'"),
-        ("memory://?capacity=0", "capacity must be at least 1"),
+        ("memory://?capacity=0", "option capacity must be a number of at least 1"),
         ("memory://?capacity=many", "is not a number"),
         ("memory://?size=3", "unknown option size"),
     ],

@@ -97,7 +97,7 @@ class Carrier(Transport):
         for name in self.options - {"ca", "cert", "key"}:
             if not address.option(name, 1.0) > 0:
                 raise AddressError(f"{address}: option {name} must be more than 0")
-        self.max_body = int(address.option("max_body", MAX_BODY))
+        self.max_body = address.count("max_body", MAX_BODY)
         self.pages: Mapping[str, Page] = {}
         self._pool = _Pool(self)
         self._server = _Server(self)
@@ -147,7 +147,7 @@ class _Pool:
         self._port = address.port or (443 if carrier.secure else 80)
         bare = f"[{address.host}]" if ":" in address.host else address.host
         self.host = bare if address.port is None else f"{bare}:{address.port}"
-        self.limit = int(address.option("connections", 1000))
+        self.limit = address.count("connections", 1000)
         self.max_body = carrier.max_body
         self.now = carrier.clock.now
         self._ssl: ssl.SSLContext | None = None

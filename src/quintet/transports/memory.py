@@ -264,9 +264,7 @@ class Carrier(Transport):
                 vars(self)["traits"] = carrier(parse_address(f"{like}://")).traits  # this instance's own
             except ImportError as error:
                 raise AddressError(f"{address}: to be like {like} its library is needed: {error}") from error
-        self.capacity = int(address.option("capacity", CAPACITY))
-        if self.capacity < 1:
-            raise AddressError(f"{address}: capacity must be at least 1 message")
+        self.capacity = address.count("capacity", CAPACITY)
         self._bus: _Bus | None = None
         self._servings: list[_Serving] = []
         self._tails: weakref.WeakSet[_Tail] = weakref.WeakSet()

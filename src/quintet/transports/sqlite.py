@@ -43,10 +43,10 @@ class Carrier(Transport):
     def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
         super().__init__(address, clock)
         self._file = file_of(address)
-        self._lease = _at_least(0.1, address, "lease", 30.0)
-        self.attempts = int(_at_least(1, address, "attempts", 10))
-        self._capacity = int(_at_least(1, address, "capacity", 100_000))
-        self.retain = _at_least(0, address, "retain", 0.0)
+        self._lease = address.option("lease", 30.0, 0.1)
+        self.attempts = address.count("attempts", 10)
+        self._capacity = address.count("capacity", 100_000)
+        self.retain = address.option("retain", 0.0)
         synchronous = address.options.get("synchronous", "full")
         if synchronous not in ("full", "normal"):
             raise AddressError(f"{address}: option synchronous={synchronous!r} must be full or normal")
@@ -211,13 +211,6 @@ class Carrier(Transport):
     def ended(self, serving: _Serving) -> None:
         if serving in self._servings:
             self._servings.remove(serving)
-
-
-def _at_least(bound: float, address: Address, name: str, default: float) -> float:
-    value = address.option(name, default)
-    if not bound <= value < float("inf"):
-        raise AddressError(f"{address}: option {name} must be a number of at least {bound:g}")
-    return value
 
 
 class _Serving:
