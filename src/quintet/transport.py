@@ -288,7 +288,8 @@ def parse_address(text: str) -> Address:
     except ValueError:
         hidden = "@" in text and "@" not in text.partition("?")[0]  # what looks like a port is of a password
         raise AddressError(
-            f"{parts.scheme + '://...' if hidden else masked(text)}: the port must be a number from 0 to 65535 (in a password write / ? # @ as %2F %3F %23 %40)"
+            f"{parts.scheme + '://...' if hidden else masked(text)}: the port must be a number from 0 to 65535"
+            " (and / ? # @ in a password are written %2F %3F %23 %40)"
         ) from None
     if re.search(r":\d+,", parts.netloc.rpartition("@")[0]):
         raise AddressError(f"{masked(text)}: user and password belong before the first of the hosts, for all of them")
