@@ -7,7 +7,7 @@ import importlib.util
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from enum import Enum
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -173,7 +173,7 @@ class Transport(ABC):
         called twice. What was accepted stays with the broker; `send` raises Unavailable from now on."""
 
     @abstractmethod
-    async def send(self, message: Message) -> Message | None:
+    def send(self, message: Message) -> Coroutine[Any, Any, Message | None]:
         """Returns once the message is accepted; the reply where the transport has REPLIES. Raises CallError."""
 
     @abstractmethod
