@@ -17,7 +17,6 @@ import pytest
 from commands import quintet
 from running import Entry
 
-import quintet.transports.nsq as nsq
 from quintet import Contract, Redelivery, Service, connect, current, event, notification, request, serve
 from quintet.connection import Refused
 from quintet.errors import AddressError, ConfigurationError, ConnectionLost, TooLarge, TransportError, Unavailable
@@ -25,8 +24,9 @@ from quintet.message import Channel, Message, new_id
 from quintet.testing import CHECKS, Bench, Check, skips
 from quintet.testing.bench import Receiver
 from quintet.transport import DONE, Again, Dead, Finding, Verdict, open_address
-from quintet.transports.nsq import NSQ, Carrier, Publish, Subscription
+from quintet.transports.nsq import Carrier, Publish, Subscription
 from quintet.wire.nsq import pub
+from quintet.wire.nsq_session import NSQ, Delivery
 
 Brokers = Callable[[str], Entry]
 
@@ -395,7 +395,7 @@ async def test_a_message_that_nsqd_has_twice_does_not_slow_it_down_for_ever(daem
         await until(lambda: receiver, "it has not come")
         (tap,) = serving.taps.values()
         (delivery,) = tap.inflight.values()
-        tap.arrived(nsq.Delivery(delivery.timestamp, 1, delivery.id, delivery.body))  # as nsqd does it after a kill
+        tap.arrived(Delivery(delivery.timestamp, 1, delivery.id, delivery.body))  # as nsqd does it after a kill
         await until(lambda: channels(own.http, QUEUE.name)["work"]["clients"][0]["ready_count"] == 3, "no more allowed")
         held.set()
         await here.send(message(QUEUE, b"next"))
@@ -645,7 +645,7 @@ async def test_temporary_topics_and_channels_go_with_their_holder(daemon: Any) -
 
 async def test_what_a_dead_holder_left_behind_is_swept_away(daemon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = daemon()
-    monkeypatch.setattr(nsq, "SWEEP", 0.1)
+    monkeypatch.setattr("quintet.nsq_discovery.SWEEP", 0.1)
     for topic in ("replies.gone.1.temporary", EVENT.name, "trips.v1.other"):
         post(f"{own.http}/topic/create?topic={topic}")
     post(f"{own.http}/channel/create?topic={EVENT.name}&channel=screen.1.temporary")

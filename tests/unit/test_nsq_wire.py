@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from quintet.errors import ProtocolError
 from quintet.message import Channel, Message
 from quintet.wire import nsq, nsq_http
-from quintet.wire.nsq import Arrived, Deflate, Failure, Frames, Response, Snappy, fit, pack, unpack
+from quintet.wire.nsq import Arrived, Deflate, Failure, Frames, Response, Snappy, pack, unpack
+from quintet.wire.nsq_topology import fit
 
 CHANNEL = Channel("trips.v1.arrived", fanout=True, durable=True)
 ID = b"0a1b2c3d4e5f6071"

@@ -7,9 +7,7 @@ NSQ's messages have no headers. Ours begin with a line of them, and what does no
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,27 +24,7 @@ V2: Final = b"  V2"
 """What a client says first of all."""
 
 LARGEST_FRAME: Final = 256 << 20  # bytes; more is no frame but garbage
-LONGEST_NAME: Final = 64  # characters of a topic or a channel, nsqd's own limit
 PIECE: Final = 1 << 18  # bytes that one step of inflating may yield
-
-# Names
-
-_NAME: Final = re.compile(r"[.a-zA-Z0-9_-]+", re.ASCII)
-_STRANGE: Final = re.compile(r"[^.a-zA-Z0-9_-]", re.ASCII)
-
-
-def fit(name: str, suffix: str = "") -> str:
-    """The topic or channel of a name: itself where NSQ takes it, else shortened, with a hash that tells it apart.
-
-    The rule: what NSQ refuses becomes "_", it is cut so that all fit into 64 characters, and "." with the first 16
-    hexadecimal digits of the name's SHA-256 follow. `suffix` comes last and is never cut.
-    """
-    room = LONGEST_NAME - len(suffix)
-    if len(name) <= room and _NAME.fullmatch(name):
-        return name + suffix
-    digest = hashlib.sha256(name.encode(errors="replace")).hexdigest()[:16]
-    return f"{_STRANGE.sub('_', name)[: room - 17]}.{digest}{suffix}"
-
 
 # Commands
 

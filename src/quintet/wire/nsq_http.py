@@ -24,6 +24,11 @@ class ChannelStats(Struct):
     deferred_count: int = 0
     client_count: int = 0
 
+    @property
+    def messages(self) -> int:
+        """All that it holds."""
+        return self.depth + self.in_flight_count + self.deferred_count
+
 
 class TopicStats(Struct):
     """One topic in /stats."""

@@ -58,6 +58,46 @@ class User:
         """The session is lost."""
 
 
+class Subscriber(User):
+    """Makes sure that a topic has a channel, and hears what that brings."""
+
+    def __init__(
+        self,
+        topic: str,
+        channel: str,
+        ready: int = 0,
+        heard: Callable[[Delivery], None] | None = None,
+        *,
+        fin: bool = True,
+    ) -> None:
+        """`ready`: how many messages nsqd may push ahead. `fin`: all is done with; else whoever hears it says so."""
+        self.session: NSQ | None = None
+        self._subscribe = nsq.sub(topic, channel)
+        self._ready = ready
+        self._heard = heard
+        self._fin = fin
+
+    async def begin(self, session: NSQ) -> None:
+        self.session = session
+        await session.ask(self._subscribe)
+        if self._ready:
+            session.write(nsq.rdy(min(self._ready, session.limits.max_rdy_count)))
+
+    def arrived(self, delivery: Delivery) -> None:
+        if self._heard is not None:
+            self._heard(delivery)
+        if self._fin:
+            self.write(nsq.fin(delivery.id))
+
+    def gone(self, session: NSQ) -> None:
+        if self.session is session:
+            self.session = None
+
+    def write(self, data: bytes) -> None:
+        if self.session is not None:
+            self.session.write(data)
+
+
 class Profile(Struct, frozen=True):
     """How a session presents itself; times are in seconds, `sample_rate` in percent (0 for all messages)."""
 
