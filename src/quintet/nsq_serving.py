@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from quintet.clock import Handle
 from quintet.connection import FAREWELL_SECONDS
@@ -299,7 +299,7 @@ class Serving:
         name = (own or fit(group or WORK)) if channel.fanout else WORK
         self._pipes = [Pipe(topic_of(channel), name, profile)]
         if channel.fanout and not own:  # what failed is sampled no more
-            self._pipes.append(Pipe(self._again_topic, WORK, nsqds.profile))
+            self._pipes.append(Pipe(self._again_topic, WORK, structs.replace(profile, sample_rate=0)))
 
     def __repr__(self) -> str:
         return f"<serving {self.channel.name} as {self._group or 'its one receiver'}: {self.intake!r}>"

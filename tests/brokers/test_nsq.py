@@ -454,6 +454,14 @@ async def test_a_deferred_message_comes_when_it_is_due_and_others_pass(daemon: A
         assert not any(name.startswith("quintet") for one in receiver.messages for name in one.headers)
 
 
+async def test_what_is_tried_again_has_the_lease_that_was_asked_for(daemon: Any) -> None:
+    channel = Channel(EVENT.name, fanout=True, durable=True, native=(Subscription(msg_timeout=30),))
+    async with opened(daemon().address) as (here,):
+        serving = await here.serve(channel, Receiver(), "dispatch")
+        leases = {tap.topic: tap.session._profile.msg_timeout for tap in serving.taps.values()}
+        assert leases == {"trips.v1.arrived": 30, "trips.v1.arrived.dispatch.again": 30}  # touched every 10 seconds
+
+
 async def test_options_reach_nsqd(daemon: Any) -> None:
     own = daemon()
     options = Subscription(max_in_flight=7, msg_timeout=3, sample_rate=20)
