@@ -87,17 +87,17 @@ class Publisher(User):
 
     async def begin(self, session: NSQ) -> None:
         self.session = session
-        uncertain, self._uncertain = self._uncertain, []
-        if uncertain:
+        if self._uncertain:
             # one that lived on has lost nothing
             started = await self._nsqds.started(session.host) if session.host == self._lost_host else None
             if started is None or started >= math.floor(self._lost_at):
-                self.keep(self._send_again(uncertain))
+                self.keep(self._send_again(self._uncertain))
+            self._uncertain = []
 
     def gone(self, session: NSQ) -> None:
         if self.session is session:
-            self.session, self._lost_host = None, session.host
-            self._lost_at = self._clock.wall()
+            self.session, self._lost_at = None, self._clock.wall()
+            self._lost_host = None if self._uncertain else session.host  # of several losses nothing can be told
             self._uncertain += self._accepted
             self._accepted.clear()
             self._accepted_bytes = 0

@@ -1,0 +1,109 @@
+"""nsq_publishing.py: what an nsqd may have lost when it was killed is sent once more, whatever else breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import pytest
+
+from quintet.clock import SYSTEM
+from quintet.errors import TransportError
+from quintet.message import Channel, Message
+from quintet.nsq_discovery import Nsqds
+from quintet.nsq_publishing import Publisher
+from quintet.transport import parse_address
+from quintet.wire import nsq
+
+BODY = nsq.pack(Message(channel=Channel("work"), id="m-1", body=b"accepted"))
+
+
+class Session:
+    """One connection to an nsqd, which accepts all."""
+
+    def __init__(self) -> None:
+        self.host = ("127.0.0.1", 4150)
+        self.declared = {"work"}
+        self.published = list[bytes]()
+
+    async def publish(self, topic: str, body: bytes) -> bytes:
+        self.published.append(body)
+        return b"OK"
+
+
+class Line:
+    """A connection that always has that session."""
+
+    host = ("127.0.0.1", 4150)
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    async def ready(self, until: float | None) -> Session:
+        return self.session
+
+
+async def connected(publisher: Any) -> Session:
+    session = Session()
+    publisher.connection = Line(session)
+    await publisher.begin(session)
+    return session
+
+
+@pytest.fixture
+def nsqds() -> Any:
+    found: Any = Nsqds(parse_address("nsq://127.0.0.1"), SYSTEM, lambda *_: None)
+
+    async def setting(*_: object) -> int:
+        raise TransportError("no HTTP")
+
+    found.setting = setting
+    return found
+
+
+async def test_what_was_accepted_is_sent_once_more_also_if_the_next_connection_breaks_at_once(nsqds: Any) -> None:
+    publisher: Any = Publisher(nsqds)
+    first = await connected(publisher)
+    await publisher.put("work", "work", BODY)
+    publisher.gone(first)
+
+    asked = asyncio.Event()
+
+    async def hangs(host: object) -> float | None:
+        asked.set()
+        await asyncio.Event().wait()
+        return None
+
+    nsqds.started = hangs
+    connecting = asyncio.create_task(connected(publisher))
+    await asked.wait()
+    connecting.cancel()  # as it is when its link is lost
+    with contextlib.suppress(asyncio.CancelledError):
+        await connecting
+    publisher.gone(publisher.session)
+
+    async def long_before(host: object) -> float | None:
+        return 1.0
+
+    nsqds.started = long_before  # it was not restarted since the second loss; of the first this says nothing
+    third = await connected(publisher)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert third.published == [nsq.repeat(BODY)]
+
+
+async def test_an_nsqd_that_lived_on_is_sent_nothing_twice(nsqds: Any) -> None:
+    publisher: Any = Publisher(nsqds)
+    first = await connected(publisher)
+    await publisher.put("work", "work", BODY)
+    publisher.gone(first)
+
+    async def long_before(host: object) -> float | None:
+        return 1.0
+
+    nsqds.started = long_before
+    second = await connected(publisher)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert second.published == []
