@@ -137,7 +137,7 @@ class Letters:
             yield reader, arrivals
             if reader.session is not None:
                 with contextlib.suppress(CallError):
-                    await reader.session.ask(wire.CLS)
+                    await reader.session.command(wire.CLS)
         finally:
             while not arrivals.empty():
                 reader.write(wire.req(arrivals.get_nowait().id, 0))

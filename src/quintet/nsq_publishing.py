@@ -117,13 +117,16 @@ class Publisher(User):
         if defer:
             body = wire.pack(message, deadline, self._clock.wall() + defer)
             await self._fits(body)
-            await session.ask(wire.dpub(topic, round(defer * 1000), body))
+            await session.command(wire.dpub(topic, round(defer * 1000), body))
         else:
             body = wire.pack(message, deadline)
             if len(body) > self._largest:
                 await self._fits(body)
             if session.link.full:
-                await self._room(session)
+                try:
+                    await session.link.room()
+                except TransportError as error:
+                    raise Unavailable(f"not sent: {error}") from error
             await session.publish(topic, body)
         if channel.durable:
             self._keep_accepted(topic, waits_in, body)
@@ -175,12 +178,6 @@ class Publisher(User):
                 f"a message of {len(body)} bytes with its headers, and nsqd takes {self._largest}: raise its"
                 " --max-msg-size and say so by ?largest=, or send less"
             )
-
-    async def _room(self, session: NSQ) -> None:
-        try:
-            await session.link.room()
-        except TransportError as error:
-            raise Unavailable(f"not sent: {error}") from error
 
     # Sent once more
 

@@ -77,7 +77,7 @@ class Tap(User):
         if self._leaving:
             return
         serving = self._serving
-        await session.ask(wire.sub(self.topic, self.channel))
+        await session.command(wire.sub(self.topic, self.channel))
         if not serving.channel.temporary:
             self._suspect = max(self._suspect, await self._restarted())
             self._first = max(self._since, self._suspect)
@@ -227,7 +227,7 @@ class Tap(User):
         if self.session is not None:
             with contextlib.suppress(CallError, TimeoutError):
                 async with asyncio.timeout(FAREWELL_SECONDS):
-                    await self.session.ask(wire.CLS)
+                    await self.session.command(wire.CLS)
 
     async def close(self) -> None:
         if self._opening is not None:

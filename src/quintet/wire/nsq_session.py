@@ -79,7 +79,7 @@ class Subscriber(User):
 
     async def begin(self, session: NSQ) -> None:
         self.session = session
-        await session.ask(self._subscribe)
+        await session.command(self._subscribe)
         if self._ready:
             session.write(nsq.rdy(min(self._ready, session.limits.max_rdy_count)))
 
@@ -155,8 +155,8 @@ class NSQ(Session):
         batch[1].append(future)
         return future
 
-    def ask(self, data: bytes) -> asyncio.Future[bytes]:
-        """Resolved with nsqd's answer."""
+    def command(self, data: bytes) -> asyncio.Future[bytes]:
+        """Sends a command that nsqd answers; resolved with the answer, and fails with CallError where that is one."""
         future: asyncio.Future[bytes] = self._loop.create_future()
         if self._over is not None:
             future.set_exception(Unavailable(f"not sent: {self._over}"))
@@ -165,10 +165,6 @@ class NSQ(Session):
         self._asked.append([future])
         self.write(data)
         return future
-
-    async def command(self, data: bytes) -> bytes:
-        """Sends a command that nsqd answers. Raises CallError where the answer is an error."""
-        return await self.ask(data)
 
     def _flush(self) -> None:
         """Sends what was published in this turn; of large messages one a turn, so that the loop is not kept."""
@@ -224,14 +220,14 @@ class NSQ(Session):
                 self._insist(getattr(self.limits, compression), compression, f"leave ?{compression}=on away")
                 self._layer = nsq.Deflate() if compression == "deflate" else nsq.Snappy()
                 self.write = self._pack
-            answer = self.ask(b"") if compression else None
+            answer = self.command(b"") if compression else None
             self._resume()
             if answer is not None:
                 await answer
             if self.limits.auth_required:
                 if not profile.secret:
                     raise Refused("nsqd asks for a secret: write nsq://:SECRET@host, or set QUINTET_NSQ_PASSWORD")
-                await self.ask(nsq.auth(profile.secret))
+                await self.command(nsq.auth(profile.secret))
             self.link.expect(profile.heartbeat * SILENCE)
             await self._user.begin(self)
         except ConnectionLost:
@@ -245,11 +241,9 @@ class NSQ(Session):
 
     async def _step(self, command: bytes = b"") -> bytes:
         """The next answer; what comes behind it is kept until it is known how to read it."""
-        kept, self._kept = self._kept, None
-        answer = self.ask(command)
+        answer = self.command(command)
         self._stepping = True
-        if kept:
-            self.received(kept)
+        self._resume()
         return await answer
 
     def _resume(self) -> None:
@@ -306,22 +300,23 @@ class NSQ(Session):
 
     def lost(self, error: Exception) -> None:
         self._over = error
-        asked, batches = list(self._asked), list(self._batches.values())
+        for future in itertools.chain.from_iterable(self._asked):
+            if self._denied is not None:
+                _fail(future, Unavailable(f"not sent: nsqd hung up after another command: {self._denied}"))
+            else:
+                _fail(future, ConnectionLost(f"sent, and then the connection to nsqd was lost: {error}"))
+        for _, futures in self._batches.values():
+            for future in futures:
+                _fail(future, Unavailable(f"not sent, the connection to nsqd was lost: {error}"))
         self._asked.clear()
         self._batches.clear()
-        for future in itertools.chain.from_iterable(asked):
-            if not future.done():
-                if self._denied is not None:
-                    future.set_exception(Unavailable(f"not sent: nsqd hung up after another command: {self._denied}"))
-                else:
-                    future.set_exception(ConnectionLost(f"sent, and then the connection to nsqd was lost: {error}"))
-                future.exception()  # looked at, lest it is reported where its sender is gone
-        for _, futures in batches:
-            for future in futures:
-                if not future.done():
-                    future.set_exception(Unavailable(f"not sent, the connection to nsqd was lost: {error}"))
-                    future.exception()
         self._user.gone(self)
+
+
+def _fail(future: asyncio.Future[bytes], error: CallError) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # looked at, lest it is reported where its sender is gone
 
 
 class Denied(Unavailable):
