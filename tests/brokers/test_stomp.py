@@ -88,7 +88,7 @@ class Came:
 async def test_older_versions_carry_requests_retries_events_and_dead_letters(
     dialect: str, versions: tuple[str, ...], broker: Brokers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quintet.transports.stomp.VERSIONS", versions)
+    monkeypatch.setattr("quintet.wire.stomp_session.VERSIONS", versions)
     run = new_id()
 
     class Orders(Contract, name=f"orders{run}"):

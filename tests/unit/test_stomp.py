@@ -23,9 +23,10 @@ from quintet.errors import (
 )
 from quintet.message import Channel, Message
 from quintet.transport import DONE, Again, Dead, Verdict, open_address
-from quintet.transports.stomp import Carrier, Publish, Session, Subscription
+from quintet.transports.stomp import Carrier, Publish, Subscription
 from quintet.wire.stomp import Frame, Parser, encode
 from quintet.wire.stomp_message import DIALECTS, TAKEN, destination, headers_of, message_of, subscription, waiting_room
+from quintet.wire.stomp_session import Session
 
 WORK = Channel("work", durable=True)
 ACTIVEMQ, RABBITMQ = DIALECTS["activemq"], DIALECTS["rabbitmq"]

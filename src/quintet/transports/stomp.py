@@ -10,16 +10,14 @@ import asyncio
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 from typing import ClassVar, Final, Literal, TypeAlias
 
 from msgspec import Struct, structs
-from msgspec.structs import force_setattr
 
 from quintet.clock import SYSTEM, Clock, Handle
-from quintet.connection import TLS_OPTIONS, Connection, Link, Lost, Refused, credentials
-from quintet.connection import Session as BrokerSession
+from quintet.connection import TLS_OPTIONS, Connection, Lost
 from quintet.errors import (
     AddressError,
     CallError,
@@ -33,10 +31,10 @@ from quintet.errors import (
 )
 from quintet.intake import Intake
 from quintet.letters import DEAD_LETTERS, letter, revive
-from quintet.message import Channel, Message, Native, native_of, new_id
+from quintet.message import Channel, Message, native_of, new_id
 from quintet.transport import DONE, Address, DeadLetter, Finding, Receive, Trait, Transport, Verdict
 from quintet.wire.names import DEAD, FIELDS
-from quintet.wire.stomp import BEAT, VERSIONS, Frame, Parser, agree_beats, encode, encode_rest, escape
+from quintet.wire.stomp import Frame
 from quintet.wire.stomp_message import (
     CRASHED,
     DIALECTS,
@@ -44,470 +42,31 @@ from quintet.wire.stomp_message import (
     MARK,
     TEMPORARY,
     Dialect,
+    Publish,
+    Subscription,
     crashes,
     destination,
     headers_of,
     message_of,
     subscription,
-    waiting_room,
 )
+from quintet.wire.stomp_session import DELAY, Profile, Refusal, Session, Subscribed, Unwritten, Way
+
+__all__ = ["Carrier", "Publish", "Subscription"]
 
 PORT, TLS_PORT = 61613, 61614
 HEARTBEAT = 5.0  # seconds, unless ?heartbeat= says otherwise
-SILENT_BEATS = 2.0  # heart-beats that may be missing until the broker is taken for gone
 REFUSED_PAUSE = 1.0  # seconds until a copy that the broker refused is sent again
 UNSUBSCRIBE_SECONDS = 2.0  # that a broker may take for it; then it goes with the connection
 
-COMMITS: Final = 2  # transactions under way at once: what comes meanwhile goes into the next one together
-TOGETHER, TOGETHER_BYTES = 256, 1 << 20  # messages and bytes of one transaction
 KEYED_PREFETCH: Final = 4  # times the limit: what waits behind its key must not keep the others from coming
 BEGUN_KEPT = 1000  # ids of deliveries that are remembered, to know those that a restarted broker brings again
-WAYS_KEPT = 4096
 LETTERS_READ = 10_000  # dead letters that are looked at, the oldest
 LETTERS_SECONDS = 10.0  # that another process may keep us from looking
-PROBE_SECONDS = 5.0  # in which a scheduler that there is delivers a message
-DELAY: Final = "AMQ_SCHEDULED_DELAY"
 LETTERS_PAUSE = 0.05  # seconds until it is tried again
 SHORTEST_WAIT = 0.02  # seconds of delay that are not worth a queue of their own
 
-
-class Subscription(Native, frozen=True, kw_only=True):
-    """Of a channel that is served: `Channel.native`.
-
-    `selector`: which messages to receive at all, an SQL 92 condition on headers whose names have no "-" (ActiveMQ).
-    `exclusive`: of all receivers only one is served at a time. `prefetch`: messages that the broker may hand out before
-    they are acknowledged, instead of the handlers' limit. `headers`: further ones of SUBSCRIBE, as they are.
-    """
-
-    selector: str = ""
-    exclusive: bool = False
-    prefetch: int = 0
-    headers: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.prefetch < 0:
-            raise ConfigurationError(f"{self!r}: prefetch must be 1 or more messages, or 0 for the handlers' limit")
-        _take_headers(self, self.headers)
-
-
-class Publish(Native, frozen=True, kw_only=True):
-    """Of one message, or of all that are sent to a channel: `Message.native`, `Channel.native`.
-
-    `priority`: 0 to 9, where 4 is what all others have. `headers`: further ones of SEND, as they are.
-    """
-
-    priority: int | None = None
-    headers: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.priority is not None and not 0 <= self.priority <= 9:
-            raise ConfigurationError(f"{self!r}: priority must be 0 to 9")
-        _take_headers(self, self.headers)
-
-    def written(self) -> dict[str, str]:
-        return dict(self.headers) | ({} if self.priority is None else {"priority": str(self.priority)})
-
-
-_OURS = frozenset({"destination", "id", "ack", "receipt", "transaction", "content-length", "selector"})
-
-
-def _take_headers(options: Native, headers: Mapping[str, str] | tuple[tuple[str, str], ...]) -> None:
-    pairs = tuple(headers.items()) if isinstance(headers, Mapping) else headers
-    if taken := [name for name, _ in pairs if name in _OURS]:
-        raise ConfigurationError(f"{options!r}: the header {taken[0]} is not for you to write")
-    force_setattr(options, "headers", pairs)  # so that a channel can be hashed
-
-
 _SUBSCRIPTION, _PUBLISH = Subscription(), Publish()
-
-
-class Refusal(TransportError):
-    """The broker answered a frame with ERROR: it did nothing of it. `text` is all that it says."""
-
-    def __init__(self, frame: Frame) -> None:
-        message, body = frame.headers.get("message", ""), frame.body.decode("utf-8", "replace").strip()
-        first = body.partition("\n")[0].strip()
-        super().__init__(first if message in first or not message else f"{message}: {first}".removesuffix(": "))
-        self.text = f"{message}\n{body}"
-
-
-class _Unwritten(Exception):
-    """The session ended before the bytes were written."""
-
-
-# One connection while it stands
-
-
-class _Unit(Struct, eq=False):
-    """What is to happen together: a message that is sent, and perhaps a delivery that is acknowledged by it."""
-
-    data: bytes  # of a SEND, from behind its command on
-    done: asyncio.Future[None]
-    ack: str
-    alone: bool
-
-
-class _Way(Struct):
-    """How messages of one channel are written: what is the same for all, as lines."""
-
-    written: str
-    durable: bool
-    temporary: bool
-    keyed: bool
-
-
-class Session(BrokerSession):
-    """One connection to a broker, from CONNECTED to its loss. `Carrier.native` gives the one that sends: its `request`
-    has the broker do what Quintet has no word for. Do not keep it: the next connection has another one."""
-
-    def __init__(self, line: _Line, link: Link) -> None:
-        super().__init__(link)
-        self.server = ""
-        self.version = ""
-        self.beats = (0.0, 0.0)
-        self.dialect = DIALECTS["activemq"]
-        self._line = line
-        self._parser = Parser()
-        self._loop = asyncio.get_running_loop()
-        self._greeted: asyncio.Future[Frame] = self._loop.create_future()
-        self._receipts: dict[str, Callable[[Exception | None], None]] = {}
-        self._count = 0
-        self._ways: dict[Channel, _Way] = {}
-        self._waiting: deque[_Unit] = deque()
-        self._commits = 0
-        self._flushing = False
-        self._scheduler: asyncio.Future[bool] | None = None
-        self._asking: Handle | None = None
-        self._reason: Refusal | None = None  # that the broker gave when it hung up
-        self._answered = True
-        self._gone: Exception | None = None  # why it is over
-
-    def __repr__(self) -> str:
-        return f"<session with {self.server or 'a broker'}, STOMP {self.version or '?'}>"
-
-    async def request(self, command: str, headers: Mapping[str, str], body: bytes = b"") -> None:
-        """Writes any frame and waits for its receipt. Raises Refusal where the broker answers with an error, and Lost
-        where the connection broke before it answered."""
-        if self._gone is not None:
-            raise self._gone
-        done: asyncio.Future[None] = self._loop.create_future()
-        receipt = self._receipt(partial(_resolve, done))
-        self.link.write(encode(self.version, command, {**headers, "receipt": receipt}, body))
-        try:
-            await done
-        except Lost as lost:
-            raise self._reason or lost from None
-
-    # what connections call
-
-    async def greet(self) -> None:
-        carrier = self._line.carrier
-        user, password = credentials(carrier.address)
-        beat = str(int(carrier.heartbeat * 1000))
-        headers = {"accept-version": ",".join(VERSIONS), "host": carrier.host, "heart-beat": f"{beat},{beat}"}
-        if user:
-            headers |= {"login": user, "passcode": password}
-        self.link.write(encode("", "CONNECT", headers))
-        connected = await self._greeted
-        self.version = self._parser.version
-        self.server = connected.headers.get("server", "")
-        self.dialect = carrier.dialect_of(self.server)
-        self.beats = agree_beats((carrier.heartbeat, carrier.heartbeat), connected.headers.get("heart-beat", ""))
-        if self.beats[0]:
-            self.link.beat(self.beats[0] / 2, BEAT)  # brokers allow no delay on the way
-        if carrier.heartbeat:
-            self.link.expect(max(self.beats[1], carrier.heartbeat) * SILENT_BEATS)
-            self._ask_later()
-        for subscribed in list(self._line.subscribed.values()):
-            await self.subscribe(subscribed)
-
-    def received(self, data: bytes) -> bool:
-        whole = False
-        for frame in self._parser.feed(data):
-            command, headers = frame.command, frame.headers
-            whole = True
-            if self._reason is not None:
-                break  # RabbitMQ's ERROR may be followed by the RECEIPT of the very frame that failed
-            if command == "MESSAGE":
-                subscribed = self._line.subscribed.get(headers.get("subscription", ""))
-                if subscribed is not None:
-                    subscribed.heard(self, frame)
-            elif command == "RECEIPT":
-                answered = self._receipts.pop(headers.get("receipt-id", ""), None)
-                if answered is not None:
-                    answered(None)
-            elif command == "ERROR":
-                self._refused(frame)
-            elif command == "CONNECTED" and not self._greeted.done():
-                self._greeted.set_result(frame)
-        return whole or self.link.full  # while we send at length the broker has nothing to answer
-
-    def _ask_later(self) -> None:
-        clock = self._line.carrier.clock
-        self._asking = clock.call_at(clock.now() + self._line.carrier.heartbeat, self._ask)
-
-    def _ask(self) -> None:
-        """Has the broker answer something: a connection that brings a byte now and then would pass for a live one, as
-        a heart-beat is no more than that."""
-        self._ask_later()
-        if self._answered:
-            self._answered = False
-            receipt = self._receipt(self._answers)
-            self.link.write(f"BEGIN\ntransaction:q\n\n\0ABORT\ntransaction:q\nreceipt:{receipt}\n\n\0".encode())
-
-    def _answers(self, _: Exception | None) -> None:
-        self._answered = True
-
-    def _refused(self, frame: Frame) -> None:
-        refusal = Refusal(frame)
-        answered = self._receipts.pop(frame.headers.get("receipt-id", ""), None)
-        if answered is not None:
-            answered(refusal)
-        elif not self._greeted.done():
-            self._greeted.set_exception(Refused(f"{self._line.carrier.address}: the broker refuses us: {refusal}"))
-        elif self.dialect.hangs_up:
-            self._reason = refusal  # it does not say of what, so that only who waits alone may take it for their own
-            self.link.drop(Lost(str(refusal)))
-
-    def lost(self, error: Exception) -> None:
-        if not isinstance(error, QuintetError):  # the socket's own: whoever waits for a receipt is to get one of ours
-            error = Lost(str(error) or type(error).__name__)
-        self._gone = error
-        if self._asking is not None:
-            self._asking.cancel()
-        if not self._greeted.done():
-            self._greeted.cancel()
-        receipts, self._receipts = self._receipts, {}
-        for answered in receipts.values():
-            answered(error)
-        for unit in self._waiting:
-            if not unit.done.done():
-                unit.done.set_exception(_Unwritten())
-        self._waiting.clear()
-        if self._scheduler is not None and not self._scheduler.done():
-            self._scheduler.set_result(False)
-        for subscribed in self._line.subscribed.values():
-            if subscribed.session is self:
-                subscribed.session = None
-                subscribed.lost(self)
-
-    async def farewell(self) -> None:
-        await self.request("DISCONNECT", {})
-
-    # what the carrier calls
-
-    async def subscribe(self, subscribed: _Subscribed) -> None:
-        subscribed.session = self
-        if subscribed.headers is not None:
-            await self.request("SUBSCRIBE", {"id": subscribed.id} | subscribed.headers)
-
-    def way(self, channel: Channel, group: str = "") -> _Way:
-        """How a message is sent to the channel; with a group: to it alone."""
-        found = None if group else self._ways.get(channel)
-        if found is None:
-            dialect = self.dialect
-            headers = {"destination": destination(dialect, channel, group)}
-            if channel.durable:
-                headers["persistent"] = "true"
-            headers |= native_of(channel.native, Publish, _PUBLISH).written()
-            found = _Way(self._lines(headers), channel.durable, channel.temporary, channel.keyed)
-            if not group:
-                if len(self._ways) >= WAYS_KEPT:  # the callers of a service come and go
-                    self._ways.clear()
-                self._ways[channel] = found
-        return found
-
-    def send(self, way: _Way, headers: dict[str, str], body: bytes) -> None:
-        """Writes a message and asks for no receipt. Raises ValueError."""
-        self.link.write(b"SEND\n" + encode_rest(self.version, "SEND", headers, body, way.written))
-
-    def waiting_room(self, channel: Channel, group: str, after: float) -> _Way:
-        """How a message is sent that the channel's group is to get after so many seconds, without a scheduler."""
-        lines = self._lines(waiting_room(self.dialect, channel, group, after))
-        return _Way(lines, durable=True, temporary=False, keyed=False)
-
-    def acknowledge(self, headers: Mapping[str, str]) -> None:
-        self.link.write(f"ACK\n{self.ack(headers)}\n\0".encode())
-
-    def fit(self, headers: dict[str, str]) -> dict[str, str]:
-        """The headers of a copy, which must not fail: 1.0 has no line breaks and no colons in names."""
-        if self.version != "1.0":
-            return headers
-        return {name: value.replace("\n", " ") for name, value in headers.items() if not {":", "\n"} & {*name}}
-
-    def ack(self, headers: Mapping[str, str]) -> str:
-        """The lines by which an ACK names a delivery."""
-        version = self.version
-        if version == "1.2":
-            return f"id:{escape(headers.get('ack', ''), version)}\n"
-        lines = f"message-id:{escape(headers.get('message-id', ''), version)}\n"
-        return lines + (
-            f"subscription:{escape(headers.get('subscription', ''), version)}\n" if version == "1.1" else ""
-        )
-
-    def together(
-        self, way: _Way, headers: dict[str, str], body: bytes, *, ack: str = "", alone: bool = False
-    ) -> asyncio.Future[None]:
-        """Sends a message, acknowledges a delivery if and when that is certain, and tells when it is.
-
-        Where the broker has transactions, all that is only sent goes into one: it costs one write to the disk. `alone`:
-        no transaction will do. The future fails with Refusal, Lost or _Unwritten. Raises ValueError.
-        """
-        data = encode_rest(self.version, "SEND", headers, body, way.written)
-        unit = _Unit(data, self._loop.create_future(), ack, alone)
-        if self._gone is not None:
-            unit.done.set_exception(_Unwritten())
-        else:
-            self._waiting.append(unit)
-            self._flush_soon()
-        return unit.done
-
-    def _lines(self, headers: Mapping[str, str]) -> str:
-        return "".join(f"{escape(n, self.version)}:{escape(v, self.version)}\n" for n, v in headers.items())
-
-    def _flush_soon(self) -> None:
-        if not self._flushing and self._commits < COMMITS:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        waiting, transactions = self._waiting, self.dialect.transactions
-        units: list[_Unit] = []
-        size = 0
-        while waiting and size < TOGETHER_BYTES and len(units) < TOGETHER:
-            unit = waiting.popleft()
-            if unit.done.done():  # its sender waits no longer: it is not sent
-                continue
-            if unit.alone or not transactions:
-                self._single(unit)
-            elif unit.ack:
-                self._exchange(unit)
-            else:
-                units.append(unit)
-                size += len(unit.data)
-        if units:
-            self._commits += 1
-            self._commit(units)
-        if waiting:
-            self._flush_soon()
-
-    def _single(self, unit: _Unit) -> None:
-        """Sends, and acknowledges once that is certain."""
-
-        def answered(error: Exception | None) -> None:
-            if error is None and unit.ack:
-                self.link.write(f"ACK\n{unit.ack}\n\0".encode())
-            _resolve(unit.done, error)
-
-        self._send(unit, f"receipt:{self._receipt(answered)}\n")
-
-    def _exchange(self, unit: _Unit) -> None:
-        """Sends and acknowledges in one transaction; what is refused is not acknowledged, for that cannot be undone."""
-
-        def answered(error: Exception | None) -> None:
-            if error is None:
-                self.link.write(f"ACK\n{unit.ack}{within}\n\0".encode())
-                end = f"COMMIT\n{within}receipt:{self._receipt(partial(_resolve, unit.done))}\n\n\0"
-            else:
-                _resolve(unit.done, error)
-                end = f"ABORT\n{within}\n\0"
-            self.link.write(end.encode())
-
-        receipt = self._receipt(answered)
-        within = f"transaction:t{receipt}\n"
-        self.link.write(f"BEGIN\n{within}\n\0".encode())
-        self._send(unit, f"{within}receipt:{receipt}\n")
-
-    def _commit(self, units: list[_Unit]) -> None:
-        """Sends them in one transaction."""
-
-        def answered(error: Exception | None) -> None:
-            self._commits -= 1
-            if isinstance(error, Refusal) and len(units) > 1:  # one of them is at fault, and it undid them all
-                for unit in units:
-                    if not unit.done.done():
-                        self._commits += 1
-                        self._commit([unit])
-            else:
-                for unit in units:
-                    _resolve(unit.done, error)
-            if self._waiting:
-                self._flush_soon()
-
-        receipt = self._receipt(answered)
-        if len(units) == 1:
-            self._send(units[0], f"receipt:{receipt}\n")
-            return
-        within = f"transaction:t{receipt}\n"
-        self.link.write(f"BEGIN\n{within}\n\0".encode())
-        for unit in units:
-            self._send(unit, within)
-        self.link.write(f"COMMIT\n{within}receipt:{receipt}\n\n\0".encode())
-
-    def _send(self, unit: _Unit, line: str) -> None:
-        self.link.write(b"SEND\n" + line.encode())
-        self.link.write(unit.data)
-
-    def _receipt(self, answered: Callable[[Exception | None], None]) -> str:
-        self._count += 1
-        receipt = str(self._count)
-        self._receipts[receipt] = answered
-        return receipt
-
-    async def delays(self) -> bool:
-        """Whether this broker delays messages: known by a message to ourselves, for it says so nowhere else."""
-        if not self.dialect.scheduler:
-            return False
-        if self._scheduler is None:
-            known = self._scheduler = self._loop.create_future()
-            where = {"destination": f"{self.dialect.replies}probe"}
-            probe = _Subscribed("probe", where | {"ack": "auto"})
-
-            def heard(_: Session, frame: Frame) -> None:
-                if not known.done():
-                    known.set_result("scheduledJobId" in frame.headers)
-                    self._line.subscribed.pop(probe.id, None)
-
-            probe.heard = heard
-            self._line.subscribed[probe.id] = probe
-            await self.subscribe(probe)
-            self.link.write(encode(self.version, "SEND", where | {DELAY: "1"}))
-        try:
-            async with asyncio.timeout(PROBE_SECONDS):
-                return await asyncio.shield(self._scheduler)
-        except TimeoutError:
-            if not self._scheduler.done():
-                self._scheduler.set_result(False)
-            return False
-
-
-def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
-    if not future.done():
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-
-
-def _nothing(*_: object) -> None:
-    """What there is to do until somebody wants to know."""
-
-
-async def _unused(_: Message) -> Verdict:
-    return DONE
-
-
-class _Subscribed:
-    """What is subscribed to on a line: again on each of its connections."""
-
-    def __init__(self, id_: str, headers: dict[str, str] | None) -> None:
-        """`headers`: those of SUBSCRIBE; None where none is to be sent."""
-        self.id = id_
-        self.headers = headers
-        self.session: Session | None = None
-        self.heard: Callable[[Session, Frame], None] = _nothing
-        self.lost: Callable[[Session], None] = _nothing
 
 
 class _Line:
@@ -517,25 +76,22 @@ class _Line:
         """`alone`: it has one subscription, and ends with it."""
         self.carrier = carrier
         self.alone = alone
-        self.subscribed: dict[str, _Subscribed] = {}
+        self.subscribed: dict[str, Subscribed] = {}
         secured = carrier.address.scheme.endswith("s")
         self.connection = Connection(
             carrier.address,
             TLS_PORT if secured else PORT,
-            partial(Session, self),
+            lambda link: Session(link, carrier.profile, self.subscribed, carrier.clock),
             carrier.clock,
-            self._tell,
+            partial(carrier.told, self),
             secured=secured,
         )
-
-    def _tell(self, kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None:
-        self.carrier.told(self, kind, subject, reason)
 
     async def close(self) -> None:
         self.carrier.closed(self)
         await self.connection.close()
 
-    async def subscribe(self, subscribed: _Subscribed) -> None:
+    async def subscribe(self, subscribed: Subscribed) -> None:
         """Returns once the broker has confirmed it; it is repeated on each new connection. Raises Refusal."""
         self.subscribed[subscribed.id] = subscribed
         try:
@@ -546,7 +102,7 @@ class _Line:
             self.subscribed.pop(subscribed.id, None)
             raise
 
-    async def unsubscribe(self, subscribed: _Subscribed) -> None:
+    async def unsubscribe(self, subscribed: Subscribed) -> None:
         self.subscribed.pop(subscribed.id, None)
         session, subscribed.session = subscribed.session, None
         if session is not None and subscribed.headers is not None:
@@ -568,7 +124,7 @@ class _Delivery(Struct, eq=False):
     copy: Message | None = None  # what is handed out instead: the next attempt, of a message that has no queue
 
 
-Copy: TypeAlias = tuple[_Way, dict[str, str], bytes]
+Copy: TypeAlias = tuple[Way, dict[str, str], bytes]
 """A message that is to be sent in the place of a delivery: how, its headers, its body."""
 
 
@@ -579,7 +135,7 @@ class _Serving:
         self,
         carrier: Carrier,
         line: _Line,
-        subscribed: _Subscribed,
+        subscribed: Subscribed,
         channel: Channel,
         receive: Receive,
         group: str,
@@ -686,7 +242,7 @@ class _Serving:
             self._later(after, lambda: self.intake.put(waiting, copy.key if self._keyed else ""))
             return
         ack = session.ack(delivery.headers)
-        with contextlib.suppress(TransportError, _Unwritten):
+        with contextlib.suppress(TransportError, Unwritten):
             if after < SHORTEST_WAIT:
                 await self._settle(session, self._copy(session, copy, {}), ack)
             elif not session.dialect.scheduler:
@@ -710,7 +266,7 @@ class _Serving:
             return
         way = session.way(DEAD_LETTERS)
         headers = session.fit(self.carrier.headers(copy, session, way))
-        with contextlib.suppress(TransportError, _Unwritten):
+        with contextlib.suppress(TransportError, Unwritten):
             await self._settle(session, (way, headers, copy.body), session.ack(delivery.headers))
 
     def give_back(self, delivery: _Delivery) -> None:
@@ -740,6 +296,10 @@ class _Serving:
 # The transport
 
 
+async def _unused(_: Message) -> Verdict:
+    return DONE
+
+
 class Carrier(Transport):
     """`stomp://[user:password@]host[:61613][,host...][/vhost]`, `stomps://` with TLS (61614), with these options:
 
@@ -755,15 +315,14 @@ class Carrier(Transport):
 
     def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
         super().__init__(address, clock)
-        self.heartbeat = address.option("heartbeat", HEARTBEAT)
-        if not 0 <= self.heartbeat < 3600:
+        heartbeat = address.option("heartbeat", HEARTBEAT)
+        if not 0 <= heartbeat < 3600:
             raise AddressError(f"{address}: option heartbeat must be a number of seconds, 0 for none")
         name = address.options.get("dialect", "")
         if name and name not in DIALECTS:
             raise AddressError(f"{address}: option dialect={name!r} must be {' or '.join(DIALECTS)}")
-        self.host = address.path[1:] or "/"
-        self._dialect = DIALECTS.get(name)
-        self._take_traits(self._dialect)
+        self.profile = Profile(address, heartbeat, DIALECTS.get(name))
+        self._take_traits(self.profile.dialect)
         self._out = _Line(self)
         self._in: _Line | None = None
         self._opening = asyncio.Lock()
@@ -845,12 +404,12 @@ class Carrier(Transport):
                 raise InvalidMessage(f"{message.channel.name}: {error}") from error
             try:
                 return await confirmed
-            except _Unwritten:
+            except Unwritten:
                 continue  # nothing of it was written: it goes out on the next connection, if that comes in time
             except QuintetError as error:
                 raise _failure(error, message) from error
 
-    def headers(self, message: Message, session: Session, way: _Way) -> dict[str, str]:
+    def headers(self, message: Message, session: Session, way: Way) -> dict[str, str]:
         """A message's headers, those of its own options among them."""
         headers = headers_of(message, session.dialect, self.clock, durable=way.durable, keyed=way.keyed)
         reply_to = message.reply_to
@@ -859,7 +418,7 @@ class Carrier(Transport):
                 reply_to = self._replies.get(reply_to) or TEMPORARY + session.dialect.in_path(reply_to)
             headers["reply-to"] = reply_to
         if message.native:
-            headers |= native_of(message.native, Publish, _PUBLISH).written()
+            headers |= native_of(message.native, Publish, _PUBLISH).written
         return headers
 
     # Serving
@@ -877,7 +436,7 @@ class Carrier(Transport):
             place = self._replies[channel.name] = f"{dialect.replies}{number}"
             headers = {"destination": place, "ack": "auto"}
             line = self._out
-            subscribed = _Subscribed(number, headers) if dialect.replies_subscribed else _Subscribed(place, None)
+            subscribed = Subscribed(number, headers) if dialect.replies_subscribed else Subscribed(place, None)
         else:
             keyed = KEYED_PREFETCH if channel.keyed else 1
             headers = subscription(dialect, channel, group)
@@ -887,7 +446,7 @@ class Carrier(Transport):
             if options.exclusive:
                 headers |= dialect.exclusive
             line = await self._line(dialect)
-            subscribed = _Subscribed(number, headers | dict(options.headers))
+            subscribed = Subscribed(number, headers | dict(options.headers))
         serving = _Serving(self, line, subscribed, channel, receive, group if channel.fanout else "", limit)
         self._servings.append(serving)
         try:
@@ -931,7 +490,7 @@ class Carrier(Transport):
             self._lines.remove(line)
         self._away.discard(line)
 
-    def told(self, line: _Line, kind: Literal["broker-lost", "broker-back"], subject: str, reason: object) -> None:
+    def told(self, line: _Line, kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None:
         """Tells of the broker, not of each connection."""
         before = bool(self._away)
         if kind == "broker-lost":
@@ -940,16 +499,6 @@ class Carrier(Transport):
             self._away.discard(line)
         if bool(self._away) != before:
             self.tell(kind, subject, reason)
-
-    def dialect_of(self, server: str) -> Dialect:
-        """Whose STOMP it is. Raises Refused where nobody knows."""
-        found = self._dialect or next((one for one in DIALECTS.values() if server.startswith(one.server)), None)
-        if found is None:
-            raise Refused(
-                f"{self.address}: {server or 'a broker that does not say what it is'} is none that Quintet knows:"
-                f" say ?dialect={' or ?dialect='.join(DIALECTS)}, whichever it resembles"
-            )
-        return found
 
     # Letters
 
@@ -1009,7 +558,7 @@ class Carrier(Transport):
                 return line
             queue = {"durable": "false", "auto-delete": "true", "exclusive": "true"}
             try:
-                await line.subscribe(_Subscribed("lock", {"destination": lock, "ack": "auto"} | queue))
+                await line.subscribe(Subscribed("lock", {"destination": lock, "ack": "auto"} | queue))
             except BaseException as error:
                 await line.close()
                 if not isinstance(error, Refusal) or self.clock.now() > give_up:
@@ -1037,7 +586,7 @@ class _Letters:
         dialect = (await self._line.connection.ready(None)).dialect
         headers = {"destination": destination(dialect, DEAD_LETTERS), "ack": "client-individual"}
         headers |= {dialect.prefetch: str(LETTERS_READ), **dialect.exclusive}
-        subscribed = _Subscribed("letters", headers)
+        subscribed = Subscribed("letters", headers)
         subscribed.heard = lambda _, frame: self._came.put_nowait(frame)
         subscribed.lost = lambda _: self._came.put_nowait(None)
         await self._line.subscribe(subscribed)

@@ -226,10 +226,10 @@ def encode_rest(version: str, command: str, headers: Mapping[str, str], body: by
     head = "".join([f"{name}:{value}\n" for name, value in headers.items()])
     count = len(headers)
     if head.count("\n") != count or "\\" in head or "\r" in head:
-        head = _lines(version if command not in GREETINGS else "", headers)
+        head = header_lines(version if command not in GREETINGS else "", headers)
     elif head.count(":") != count:  # nothing else in it needs a second look
         if version not in _TO_PLAIN or command in GREETINGS or ":" in "".join(headers):
-            head = _lines(version if command not in GREETINGS else "", headers)
+            head = header_lines(version if command not in GREETINGS else "", headers)
         else:
             head = "".join([f"{name}:{value.replace(':', _COLON)}\n" for name, value in headers.items()])
     if command in WITH_BODY:
@@ -237,7 +237,8 @@ def encode_rest(version: str, command: str, headers: Mapping[str, str], body: by
     return b"%b\n%b\0" % (f"{written}{head}".encode(), body)
 
 
-def _lines(version: str, headers: Mapping[str, str]) -> str:
+def header_lines(version: str, headers: Mapping[str, str]) -> str:
+    """Headers as they are written. Raises ValueError as `encode` does."""
     if version not in _TO_PLAIN and (odd := [name for name in headers if ":" in name]):
         raise ValueError(f"STOMP {version or '1.0'} cannot carry a colon in the name of a header: {odd[0][:40]!r}")
     return "".join([f"{escape(name, version)}:{escape(value, version)}\n" for name, value in headers.items()])

@@ -27,9 +27,11 @@ from typing import Final
 from urllib.parse import quote, unquote
 
 from msgspec import Struct
+from msgspec.structs import force_setattr
 
 from quintet.clock import Clock
-from quintet.message import Channel, Message
+from quintet.errors import ConfigurationError
+from quintet.message import Channel, Message, Native
 from quintet.wire.names import ATTEMPT, DEAD, DEADLINE, FIELDS, MEDIA_TYPE
 
 CRASHED: Final = "quintet-crashed"
@@ -290,3 +292,55 @@ def _number(text: str) -> float:
     except ValueError:
         return 0.0
     return number if abs(number) < 1e15 else 0.0
+
+
+# What only STOMP can do
+
+
+class Subscription(Native, frozen=True, kw_only=True):
+    """Of a channel that is served: `Channel.native`.
+
+    `selector`: which messages to receive at all, an SQL 92 condition on headers whose names have no "-" (ActiveMQ).
+    `exclusive`: of all receivers only one is served at a time. `prefetch`: messages that the broker may hand out before
+    they are acknowledged, instead of the handlers' limit. `headers`: further ones of SUBSCRIBE, as they are.
+    """
+
+    selector: str = ""
+    exclusive: bool = False
+    prefetch: int = 0
+    headers: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.prefetch < 0:
+            raise ConfigurationError(f"{self!r}: prefetch must be 1 or more messages, or 0 for the handlers' limit")
+        _take_headers(self, self.headers)
+
+
+class Publish(Native, frozen=True, kw_only=True):
+    """Of one message, or of all that are sent to a channel: `Message.native`, `Channel.native`.
+
+    `priority`: 0 to 9, where 4 is what all others have. `headers`: further ones of SEND, as they are.
+    """
+
+    priority: int | None = None
+    headers: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.priority is not None and not 0 <= self.priority <= 9:
+            raise ConfigurationError(f"{self!r}: priority must be 0 to 9")
+        _take_headers(self, self.headers)
+
+    @property
+    def written(self) -> dict[str, str]:
+        """The headers of SEND that it stands for."""
+        return dict(self.headers) | ({} if self.priority is None else {"priority": str(self.priority)})
+
+
+_OURS = frozenset({"destination", "id", "ack", "receipt", "transaction", "content-length", "selector"})
+
+
+def _take_headers(options: Native, headers: Mapping[str, str] | tuple[tuple[str, str], ...]) -> None:
+    pairs = tuple(headers.items()) if isinstance(headers, Mapping) else headers
+    if taken := [name for name, _ in pairs if name in _OURS]:
+        raise ConfigurationError(f"{options!r}: the header {taken[0]} is not for you to write")
+    force_setattr(options, "headers", pairs)  # so that a channel can be hashed
