@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from functools import partial
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 from urllib.parse import urlencode, urlsplit
 
@@ -119,27 +120,20 @@ class Nsqds:
     def connect(self, user: User, *hosts: Host, profile: Profile | None = None, missed: bool = False) -> Line:
         """A connection to one of these hosts, not yet opened; `missed`: its loss and its return are told."""
         made = lambda link: NSQ(link, connection.host, profile or self.profile, user)  # noqa: E731
-        tell = self._teller(user) if missed else _silent
+        tell = partial(self._told, user) if missed else _silent
         connection: Line = Connection(self.address, PORT, made, self.clock, tell, hosts=hosts)
         return connection
 
-    def _teller(self, user: User) -> Tell:
-        def tell(kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None:
-            (self._away.add if kind == "broker-lost" else self._away.discard)(user)
-            self._tell_once(subject, reason)
-
-        return tell
+    def _told(self, user: User, kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None:
+        """The first that is lost tells, and the last that is back."""
+        (self._away.add if kind == "broker-lost" else self._away.discard)(user)
+        if bool(self._away) != self._told_away and not self._closed:
+            self._told_away = bool(self._away)
+            self._tell(kind, subject, reason)
 
     def dropped(self, user: User) -> None:
         """A connection that is not wanted any more is not missed."""
-        self._away.discard(user)
-        self._tell_once(str(self.address))
-
-    def _tell_once(self, subject: str, reason: object = "") -> None:
-        """The first that is lost tells, and the last that is back."""
-        if bool(self._away) != self._told_away and not self._closed:
-            self._told_away = bool(self._away)
-            self._tell("broker-lost" if self._away else "broker-back", subject, reason)
+        self._told(user, "broker-back", str(self.address))
 
     # nsqd's HTTP
 

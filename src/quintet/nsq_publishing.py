@@ -12,8 +12,8 @@ from typing import Any
 from msgspec import Struct, structs
 
 from quintet.connection import FAREWELL_SECONDS, Refused
-from quintet.errors import CallError, TooLarge, TransportError, Unavailable
-from quintet.message import Message
+from quintet.errors import CallError, ConfigurationError, TooLarge, TransportError, Unavailable
+from quintet.message import Message, Native, native_of
 from quintet.nsq_discovery import Host, Line, Nsqds, at_least
 from quintet.wire import nsq as wire
 from quintet.wire.nsq_session import NSQ, Denied, Subscriber, User
@@ -25,6 +25,20 @@ ACCEPTED_STEP = 256
 SYNC_MARGIN = 0.15  # seconds by which a topic may lag behind what it accepted
 ACCEPTED_SECONDS = 2.0 + SYNC_MARGIN  # for which what was accepted is kept; nsqd's --sync-timeout is 2 s by default
 ACCEPTED_BYTES = 4 << 20
+LONGEST_DEFER = 3600.0  # nsqd's --max-req-timeout
+
+
+class Publish(Native, frozen=True, kw_only=True):
+    """Of one message: `Message.native`. `defer`: seconds until it is handled; nsqd forgets it when killed meanwhile."""
+
+    defer: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.defer <= LONGEST_DEFER:
+            raise ConfigurationError(f"{self!r}: defer must be 0 to {LONGEST_DEFER:g} seconds, nsqd's longest")
+
+
+_PUBLISH = Publish()
 
 
 class _Sent(Struct, frozen=True):
@@ -104,8 +118,7 @@ class Publisher(User):
 
     # Sending
 
-    async def send(self, message: Message, defer: float) -> None:
-        """`defer`: seconds until it is to be handled. Raises CallError."""
+    async def send(self, message: Message) -> None:
         channel, connection = message.channel, self.opened()
         session = connection.session
         if session is None:
@@ -114,7 +127,7 @@ class Publisher(User):
         if topic not in session.declared and (channel.fanout or not channel.temporary):
             await self._once(session, topic, self._prepare(session.host, topic, waits_in))
         deadline = None if message.deadline is None else self._clock.to_wall(message.deadline)
-        if defer:
+        if message.native and (defer := native_of(message.native, Publish, _PUBLISH).defer):
             body = wire.pack(message, deadline, self._clock.wall() + defer)
             await self._fits(body)
             await session.command(wire.dpub(topic, round(defer * 1000), body))

@@ -17,9 +17,9 @@ from msgspec import Struct, structs
 
 from quintet.clock import Handle
 from quintet.connection import FAREWELL_SECONDS
-from quintet.errors import CallError, QuintetError, Unavailable
+from quintet.errors import CallError, ConfigurationError, QuintetError, Unavailable
 from quintet.intake import Intake
-from quintet.message import Channel, Message, new_id
+from quintet.message import Channel, Message, Native, native_of, new_id
 from quintet.nsq_discovery import Host, Nsqds
 from quintet.nsq_publishing import Publisher
 from quintet.wire import nsq as wire
@@ -33,6 +33,28 @@ MARK: Final = "quintet-mark"
 REMEMBERED = 25_000  # ids of settled messages, per generation: nsqd repeats some after a kill
 REOPEN_PAUSE = 1.0  # seconds until an nsqd that was away at the start is tried again
 REFUSED_AFTER = 60.0  # seconds until a message comes again whose copy nsqd will not have
+
+
+class Subscription(Native, frozen=True, kw_only=True):
+    """Of a channel that is served: `Channel.native`. Nought: as Quintet has it.
+
+    `max_in_flight`: messages that each nsqd may hand out at once (RDY) instead of the handlers' limit.
+    `msg_timeout`: seconds after which nsqd takes this process for dead and gives its messages to others (at least 1).
+    `sample_rate`: percent of the messages that are to be handled; nsqd throws the others away.
+    """
+
+    max_in_flight: int = 0
+    msg_timeout: float = 0.0
+    sample_rate: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_in_flight < 0 or not (self.msg_timeout == 0 or 1 <= self.msg_timeout < math.inf):
+            raise ConfigurationError(f"{self!r}: max_in_flight must be 1 or more, msg_timeout at least 1 second")
+        if not 0 <= self.sample_rate <= 99:
+            raise ConfigurationError(f"{self!r}: sample_rate must be 1 to 99 percent, or 0 for all")
+
+
+_SUBSCRIPTION = Subscription()
 
 
 class Pipe(Struct, frozen=True):
@@ -271,24 +293,23 @@ class Serving:
         self,
         nsqds: Nsqds,
         publisher: Publisher,
+        among: set[Serving],
         channel: Channel,
         group: str,
         limit: int,
-        profile: Profile,
         own: str,
-        among: set[Serving],
     ) -> None:
-        """`limit`: messages that the nsqds may hand out at once. `own`: NSQ's channel, where the group belongs to this
-        process. `among`: those that are not over."""
+        """`among`: the servings that are not over. `own`: NSQ's channel, where the group belongs to this process."""
+        options = native_of(channel.native, Subscription, _SUBSCRIPTION)
         self.nsqds = nsqds
         self.clock = nsqds.clock
         self.channel = channel
         self.begins_empty = channel.temporary and not channel.fanout and not channel.replies
         self.taps: dict[tuple[Host, str], Tap] = {}
         self._publisher = publisher
-        self._limit = limit
+        self._limit = options.max_in_flight or limit
         self._group = group
-        self._lease = profile.msg_timeout
+        self._lease = options.msg_timeout or nsqds.profile.msg_timeout
         self._again_topic = again_topic_of(channel, group)
         self._holds: dict[int, _Hold] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -297,9 +318,10 @@ class Serving:
         self._among = among
         among.add(self)
         name = (own or fit(group or WORK)) if channel.fanout else WORK
-        self._pipes = [Pipe(topic_of(channel), name, profile)]
-        if channel.fanout and not own:  # what failed is sampled no more
-            self._pipes.append(Pipe(self._again_topic, WORK, structs.replace(profile, sample_rate=0)))
+        profile = structs.replace(nsqds.profile, msg_timeout=self._lease)
+        self._pipes = [Pipe(topic_of(channel), name, structs.replace(profile, sample_rate=options.sample_rate))]
+        if channel.fanout and not own:
+            self._pipes.append(Pipe(self._again_topic, WORK, profile))  # of what failed nothing is thrown away
 
     def __repr__(self) -> str:
         return f"<serving {self.channel.name} as {self._group or 'its one receiver'}: {self.intake!r}>"

@@ -7,59 +7,25 @@ goes to one nsqd, what is served is taken from all of them. docs/nsq.md has the 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Final
 
-from msgspec import structs
-
 from quintet.clock import SYSTEM, Clock
 from quintet.connection import TLS_OPTIONS
-from quintet.errors import ConfigurationError, Unavailable
+from quintet.errors import Unavailable
 from quintet.intake import Intake
-from quintet.message import Channel, Message, Native, native_of, new_id
+from quintet.message import Channel, Message, new_id
 from quintet.nsq_discovery import OPTIONS, Nsqds
 from quintet.nsq_inspection import Letters, Tail, count, examine
-from quintet.nsq_publishing import Publisher
-from quintet.nsq_serving import Ear, Serving
+from quintet.nsq_publishing import Publish, Publisher
+from quintet.nsq_serving import Ear, Serving, Subscription
 from quintet.transport import Address, ChannelState, DeadLetter, Finding, Receive, Trait, Transport
 from quintet.wire.nsq_session import NSQ
 from quintet.wire.nsq_topology import EPHEMERAL, TEMPORARY, fit
 
+__all__ = ["Carrier", "Publish", "Subscription"]
+
 REPLIES_IN_FLIGHT: Final = 1000
-LONGEST_DEFER: Final = 3600.0  # nsqd's --max-req-timeout
-
-
-class Subscription(Native, frozen=True, kw_only=True):
-    """Of a channel that is served: `Channel.native`. Nought: as Quintet has it.
-
-    `max_in_flight`: messages that each nsqd may hand out at once (RDY) instead of the handlers' limit.
-    `msg_timeout`: seconds after which nsqd takes this process for dead and gives its messages to others (at least 1).
-    `sample_rate`: percent of the messages that are to be handled; nsqd throws the others away.
-    """
-
-    max_in_flight: int = 0
-    msg_timeout: float = 0.0
-    sample_rate: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_in_flight < 0 or not (self.msg_timeout == 0 or 1 <= self.msg_timeout < math.inf):
-            raise ConfigurationError(f"{self!r}: max_in_flight must be 1 or more, msg_timeout at least 1 second")
-        if not 0 <= self.sample_rate <= 99:
-            raise ConfigurationError(f"{self!r}: sample_rate must be 1 to 99 percent, or 0 for all")
-
-
-class Publish(Native, frozen=True, kw_only=True):
-    """Of one message: `Message.native`. `defer`: seconds until it is handled; nsqd forgets it when killed meanwhile."""
-
-    defer: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.defer <= LONGEST_DEFER:
-            raise ConfigurationError(f"{self!r}: defer must be 0 to {LONGEST_DEFER:g} seconds, nsqd's longest")
-
-
-_SUBSCRIPTION, _PUBLISH = Subscription(), Publish()
 
 
 class Carrier(Transport):
@@ -115,8 +81,7 @@ class Carrier(Transport):
         return connection.session
 
     async def send(self, message: Message) -> None:
-        defer = native_of(message.native, Publish, _PUBLISH).defer if message.native else 0.0
-        await self._publisher.send(message, defer)
+        await self._publisher.send(message)
 
     # Serving
 
@@ -139,13 +104,7 @@ class Carrier(Transport):
 
     def _serving(self, channel: Channel, group: str, limit: int, own: str = "") -> Serving:
         self._publisher.opened()
-        options = native_of(channel.native, Subscription, _SUBSCRIPTION)
-        usual = self._nsqds.profile
-        profile = structs.replace(
-            usual, msg_timeout=options.msg_timeout or usual.msg_timeout, sample_rate=options.sample_rate
-        )
-        limit = options.max_in_flight or limit
-        return Serving(self._nsqds, self._publisher, channel, group, limit, profile, own, self._servings)
+        return Serving(self._nsqds, self._publisher, self._servings, channel, group, limit, own)
 
     async def _begin(self, serving: Serving) -> Serving:
         if serving.channel.temporary:
