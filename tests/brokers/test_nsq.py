@@ -325,6 +325,7 @@ async def test_what_is_in_work_when_nsqd_is_killed_is_handled_once(daemon: Any) 
             post(f"{own.http}/pub?topic={QUEUE.name}", b"%d" % number)
         await came(receiver, 3)
         await synced(own, QUEUE.name)
+        await synced(own, f"{QUEUE.name}:work")
         before = here.native
         own.kill()
         own.start()
