@@ -138,7 +138,7 @@ class Publisher(User):
             if session.link.full:
                 try:
                     await session.link.room()
-                except TransportError as error:
+                except (TransportError, OSError) as error:
                     raise Unavailable(f"not sent: {error}") from error
             await session.publish(topic, body)
         if channel.durable:

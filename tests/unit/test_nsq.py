@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from quintet.clock import SYSTEM
-from quintet.errors import TransportError
+from quintet.errors import TransportError, Unavailable
 from quintet.message import Channel, Message
 from quintet.nsq_discovery import Nsqds
 from quintet.nsq_publishing import Publisher
@@ -19,10 +19,20 @@ from quintet.wire import nsq
 BODY = nsq.pack(Message(channel=Channel("work"), id="m-1", body=b"accepted"))
 
 
+class Link:
+    """A socket that lags behind, and breaks."""
+
+    full = True
+
+    async def room(self) -> None:
+        raise ConnectionResetError("by peer")
+
+
 class Session:
     """One connection to an nsqd, which accepts all."""
 
     def __init__(self) -> None:
+        self.link = Link()
         self.host = ("127.0.0.1", 4150)
         self.declared = {"work"}
         self.published = list[bytes]()
@@ -107,3 +117,11 @@ async def test_an_nsqd_that_lived_on_is_sent_nothing_twice(nsqds: Any) -> None:
     for _ in range(10):
         await asyncio.sleep(0)
     assert second.published == []
+
+
+async def test_a_socket_that_breaks_while_one_waits_for_room_is_said_to_be_not_sent(nsqds: Any) -> None:
+    publisher: Any = Publisher(nsqds)
+    session = await connected(publisher)
+    with pytest.raises(Unavailable, match="not sent: by peer"):
+        await publisher.send(Message(channel=Channel("work", durable=True), body=b"waits"))
+    assert session.published == []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from quintet.connection import Refused
+from quintet.connection import Link, Refused
 from quintet.errors import (
     AddressError,
     ChannelFull,
@@ -133,6 +133,20 @@ async def test_what_is_sent_in_one_turn_goes_into_one_transaction_and_is_confirm
         assert [frame.command for frame in broker.frames[1:]] == ["BEGIN", *["SEND"] * 5, "COMMIT"]
         assert len({frame.headers["transaction"] for frame in broker.frames[1:]}) == 1
         assert [frame.body for frame in broker.sent("SEND")] == [b"0", b"1", b"2", b"3", b"4"]
+
+
+async def test_a_socket_that_breaks_while_one_waits_for_room_fails_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = [True]
+
+    async def room(link: Link) -> None:
+        full.clear()
+        raise ConnectionResetError("by peer")
+
+    async with standing() as broker, connected(broker) as carrier:
+        monkeypatch.setattr(Link, "full", property(lambda link: bool(full)))
+        monkeypatch.setattr(Link, "room", room)
+        await carrier.send(Message(channel=WORK, body=b"waits"))
+        assert [frame.body for frame in broker.sent("SEND")] == [b"waits"]
 
 
 async def test_one_message_alone_needs_no_transaction_and_waits_for_its_receipt() -> None:

@@ -398,8 +398,8 @@ class Carrier(Transport):
                     session.send(way, headers, message.body)  # whoever waits for a reply needs no receipt beside it
                     return None
                 confirmed = session.together(way, headers, message.body)
-            except Lost:
-                continue
+            except (TransportError, OSError):
+                continue  # the socket broke: on the next connection there is room
             except ValueError as error:
                 raise InvalidMessage(f"{message.channel.name}: {error}") from error
             try:
