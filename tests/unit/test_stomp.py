@@ -520,6 +520,30 @@ async def test_without_a_scheduler_what_waits_is_kept_here_unacknowledged() -> N
         assert 'schedulerSupport="true"' in finding.says
 
 
+async def test_who_stops_to_receive_over_a_line_that_was_lost_misses_it_no_more() -> None:
+    told: list[str] = []
+
+    async def receive(message: Message) -> Verdict:
+        return DONE
+
+    async with standing() as broker, connected(broker, "?dialect=rabbitmq") as carrier:
+        carrier.tell = lambda kind, subject, reason="": told.append(kind)
+        serving = await carrier.serve(WORK, receive, "")
+        broker.answer = lambda frame: [] if frame.command == "CONNECT" else None
+        broker.connections[-1].transport.abort()
+        async with asyncio.timeout(5):
+            while carrier.connected:
+                await asyncio.sleep(0.001)
+        await serving.stop()
+        assert carrier.connected
+        assert told == ["broker-lost", "broker-back"]
+        broker.connections[0].transport.abort()
+        async with asyncio.timeout(5):
+            while carrier.connected:
+                await asyncio.sleep(0.001)
+    assert told == ["broker-lost", "broker-back", "broker-lost"]  # its end is no return
+
+
 async def test_a_copy_that_the_broker_refuses_is_sent_again_and_only_then_acknowledged(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

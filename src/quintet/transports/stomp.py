@@ -342,6 +342,7 @@ class Carrier(Transport):
 
     async def close(self) -> None:
         """Cancels what is still in work; it goes back to its channel."""
+        self._away.clear()
         servings, self._servings = self._servings, []
         await asyncio.gather(*(serving.abort() for serving in servings))
         await asyncio.gather(*(line.close() for line in list(self._lines)))
@@ -488,7 +489,7 @@ class Carrier(Transport):
     def closed(self, line: _Line) -> None:
         if line in self._lines:
             self._lines.remove(line)
-        self._away.discard(line)
+        self.told(line, "broker-back", str(self.address))  # what is not wanted any more is not missed
 
     def told(self, line: _Line, kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None:
         """Tells of the broker, not of each connection."""
