@@ -375,6 +375,9 @@ async def test_1_0_refuses_a_header_that_it_cannot_write_and_buries_what_has_one
         async with connected(broker) as carrier:
             with pytest.raises(InvalidMessage, match=r"work: STOMP 1\.0 cannot carry a line break"):
                 await carrier.send(Message(channel=WORK, headers={"note": "two\nlines"}))
+            named = Channel("work", durable=True, native=(Publish(headers={"a:b": "c"}),))
+            with pytest.raises(InvalidMessage, match=r"work: STOMP 1\.0 cannot carry a colon in the name of a header"):
+                await carrier.send(Message(channel=named))
 
             async def receive(message: Message) -> Verdict:
                 return Dead("two\nlines")
