@@ -119,9 +119,14 @@ class Nsqds:
 
     def connect(self, user: User, *hosts: Host, profile: Profile | None = None, missed: bool = False) -> Line:
         """A connection to one of these hosts, not yet opened; `missed`: its loss and its return are told."""
-        made = lambda link: NSQ(link, connection.host, profile or self.profile, user)  # noqa: E731
-        tell = partial(self._told, user) if missed else _silent
-        connection: Line = Connection(self.address, PORT, made, self.clock, tell, hosts=hosts)
+        connection: Line = Connection(
+            self.address,
+            PORT,
+            lambda link: NSQ(link, connection.host, profile or self.profile, user),
+            self.clock,
+            partial(self._told, user) if missed else _silent,
+            hosts=hosts,
+        )
         return connection
 
     def _told(self, user: User, kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None:

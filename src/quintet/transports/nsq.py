@@ -2,6 +2,8 @@
 
 `nsq://host:4150,host2:4150` names the nsqds, `nsq+lookup://host:4161` the lookup daemons that know them. What is sent
 goes to one nsqd, what is served is taken from all of them. docs/nsq.md has the names, so that any program takes part.
+
+Here is what the core sees. Below it: `nsq_discovery.py`, `nsq_publishing.py`, `nsq_serving.py`, `nsq_inspection.py`.
 """
 
 from __future__ import annotations
