@@ -86,7 +86,7 @@ const peers = {
     async receive() {
       const { Reader } = await import("nsqjs").then((module) => module.default);
       const reader = new Reader(first, second, { nsqdTCPAddresses: [address] });
-      reader.on("nsqd_connected", ready);
+      reader.on("ready", ready); // that it is connected it says before it has subscribed
       reader.connect();
       const [message] = await once(reader, "message");
       message.finish();
