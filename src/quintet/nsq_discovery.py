@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from typing import Any, Final, Literal, TypeAlias, TypeVar
@@ -49,7 +48,7 @@ class Nsqds:
         self.hosts: list[Host] = [(host, port or PORT) for host, port in hosts]
         self.profile = _profile(address, secured=_switch(address, "tls", scheme == "nsqs"))
         """How connections present themselves, unless they say otherwise."""
-        self._poll_seconds = at_least(0.05, address, "poll", POLL)
+        self._poll_seconds = address.option("poll", POLL, least=0.05)
         self._bases = _bases(address, self.hosts)  # where they answer HTTP, as far as that is known
         self._guesses: dict[Host, tuple[asyncio.Task[None], float]] = {}  # where it may be, and when that was asked
         self._tell = tell
@@ -262,7 +261,7 @@ def _profile(address: Address, *, secured: bool) -> Profile:
             raise AddressError(f"{address}: snappy=on needs a library: pip install python-snappy") from None
     user, password = credentials(address)
     return Profile(
-        heartbeat=at_least(1.0, address, "heartbeat", HEARTBEAT),
+        heartbeat=address.option("heartbeat", HEARTBEAT, least=1.0),
         msg_timeout=MSG_TIMEOUT,
         sample_rate=0,
         secret=password or user,
@@ -292,11 +291,3 @@ def _switch(address: Address, name: str, default: bool) -> bool:
     if value not in ("on", "off"):
         raise AddressError(f"{address}: option {name}={value!r} must be on or off")
     return value == "on"
-
-
-def at_least(bound: float, address: Address, name: str, default: float) -> float:
-    """A number among an address's options. Raises AddressError."""
-    value = address.option(name, default)
-    if not bound <= value < math.inf:
-        raise AddressError(f"{address}: option {name} must be a number of at least {bound:g}")
-    return value

@@ -14,7 +14,7 @@ from msgspec import Struct, structs
 from quintet.connection import FAREWELL_SECONDS, Refused
 from quintet.errors import CallError, ConfigurationError, TooLarge, TransportError, Unavailable
 from quintet.message import Message, Native, native_of
-from quintet.nsq_discovery import Host, Line, Nsqds, at_least
+from quintet.nsq_discovery import Host, Line, Nsqds
 from quintet.wire import nsq as wire
 from quintet.wire.nsq_session import NSQ, Denied, Subscriber, User
 from quintet.wire.nsq_topology import NOBODY, TAILS, WORK, announced, tail_channel, topic_of
@@ -62,7 +62,7 @@ class Publisher(User):
         self.connection: Line | None = None
         self._nsqds = nsqds
         self._clock = nsqds.clock
-        self._largest = int(at_least(1.0, nsqds.address, "largest", LARGEST))
+        self._largest = nsqds.address.count("largest", LARGEST)
         self._largest_known = "largest" in nsqds.address.options
         self._nobodies: dict[tuple[Host, str], Line] = {}
         self._declaring: dict[tuple[NSQ, str], asyncio.Task[None]] = {}
