@@ -9,8 +9,8 @@ Here is what the core sees. Below it: `nsq_discovery.py`, `nsq_publishing.py`, `
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Final
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, ClassVar, Final
 
 from quintet.clock import SYSTEM, Clock
 from quintet.connection import TLS_OPTIONS
@@ -82,8 +82,8 @@ class Carrier(Transport):
             raise Unavailable(f"{self!r} is not connected")
         return connection.session
 
-    async def send(self, message: Message) -> None:
-        await self._publisher.send(message)
+    def send(self, message: Message) -> Coroutine[Any, Any, None]:
+        return self._publisher.send(message)
 
     # Serving
 
