@@ -654,7 +654,7 @@ async def test_temporary_topics_and_channels_go_with_their_holder(daemon: Any) -
 
 async def test_what_a_dead_holder_left_behind_is_swept_away(daemon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = daemon()
-    monkeypatch.setattr("quintet.nsq_discovery.SWEEP", 0.1)
+    monkeypatch.setattr("quintet.transports.nsq.discovery.SWEEP", 0.1)
     for topic in ("replies.gone.1.temporary", EVENT.name, "trips.v1.other"):
         post(f"{own.http}/topic/create?topic={topic}")
     post(f"{own.http}/channel/create?topic={EVENT.name}&channel=screen.1.temporary")

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "filters": {"core"},
     "resolvers": {"core"},
     "bindings": {"core", "wire"},
-    "transports": {"core", "wire"},
+    "transports": {"core", "wire"},  # and not each other
     "outboxes": {"core", "wire"},
     "idls": {"core", "wire"},
     "sides": {"core", "sides"},
@@ -46,14 +46,17 @@ def room(parts: list[str]) -> str:
 
 
 def imports(file: Path) -> set[str]:
-    """The rooms a file imports; `import quintet.formats as folder`, to look what there is, is no such import."""
+    """The rooms a file imports; `import quintet.formats as folder`, to look what there is, is no such import, nor is what
+    a transport that is a folder imports of its own."""
     found: set[str] = set()
+    own = file.relative_to(ROOT).parts
+    within = f"quintet.{own[0]}.{own[1]}." if len(own) > 2 else "nothing"
     for node in ast.walk(ast.parse(file.read_text())):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom) and node.module == "quintet":  # a file of ours, or a name out of __init__
             names = [f"quintet.{a.name}" if (ROOT / f"{a.name}.py").exists() else "quintet" for a in node.names]
         names += [a.name for a in node.names if a.name.count(".") > 1] if isinstance(node, ast.Import) else []
-        found |= {room(name.split(".")[1:]) for name in names if name.split(".")[0] == "quintet"}
+        found |= {room(name.split(".")[1:]) for name in names if name.startswith("quintet") and within not in f"{name}."}
     return found
 
 

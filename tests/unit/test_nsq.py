@@ -1,4 +1,4 @@
-"""nsq_publishing.py: what an nsqd may have lost when it was killed is sent once more, whatever else breaks."""
+"""nsq/publishing.py: what an nsqd may have lost when it was killed is sent once more, whatever else breaks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from quintet.clock import SYSTEM
 from quintet.errors import TransportError, Unavailable
 from quintet.message import Channel, Message
-from quintet.nsq_discovery import Nsqds
-from quintet.nsq_publishing import Publisher
 from quintet.transport import parse_address
+from quintet.transports.nsq.discovery import Nsqds
+from quintet.transports.nsq.publishing import Publisher
 from quintet.wire import nsq
 
 BODY = nsq.pack(Message(channel=Channel("work"), id="m-1", body=b"accepted"))

@@ -20,8 +20,8 @@ from quintet.connection import FAREWELL_SECONDS
 from quintet.errors import CallError, ConfigurationError, QuintetError, Unavailable
 from quintet.intake import Intake
 from quintet.message import Channel, Message, Native, native_of, new_id
-from quintet.nsq_discovery import Host, Nsqds
-from quintet.nsq_publishing import Publisher
+from quintet.transports.nsq.discovery import Host, Nsqds
+from quintet.transports.nsq.publishing import Publisher
 from quintet.wire import nsq as wire
 from quintet.wire.names import DEAD
 from quintet.wire.nsq_session import NSQ, Delivery, Profile, User

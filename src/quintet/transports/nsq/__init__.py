@@ -3,7 +3,7 @@
 `nsq://host:4150,host2:4150` names the nsqds, `nsq+lookup://host:4161` the lookup daemons that know them. What is sent
 goes to one nsqd, what is served is taken from all of them. docs/nsq.md has the names, so that any program takes part.
 
-Here is what the core sees. Below it: `nsq_discovery.py`, `nsq_publishing.py`, `nsq_serving.py`, `nsq_inspection.py`.
+Here is what the core sees. Below it, each on those before: `discovery`, `publishing`, `serving`, `inspection`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from quintet.connection import TLS_OPTIONS
 from quintet.errors import Unavailable
 from quintet.intake import Intake
 from quintet.message import Channel, Message, new_id
-from quintet.nsq_discovery import OPTIONS, Nsqds
-from quintet.nsq_inspection import Letters, Tail, count, examine
-from quintet.nsq_publishing import Publish, Publisher
-from quintet.nsq_serving import Ear, Serving, Subscription
 from quintet.transport import Address, ChannelState, DeadLetter, Finding, Receive, Trait, Transport
+from quintet.transports.nsq.discovery import OPTIONS, Nsqds
+from quintet.transports.nsq.inspection import Letters, Tail, count, examine
+from quintet.transports.nsq.publishing import Publish, Publisher
+from quintet.transports.nsq.serving import Ear, Serving, Subscription
 from quintet.wire.nsq_session import NSQ
 from quintet.wire.nsq_topology import EPHEMERAL, TEMPORARY, fit
 

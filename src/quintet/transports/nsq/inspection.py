@@ -12,9 +12,9 @@ from typing import Self
 from quintet.errors import CallError, TransportError, Unavailable
 from quintet.letters import DEAD_LETTERS, letter, revive
 from quintet.message import Channel, Message, new_id
-from quintet.nsq_discovery import Host, Line, Nsqds
-from quintet.nsq_publishing import Publisher
 from quintet.transport import ChannelState, DeadLetter, Finding
+from quintet.transports.nsq.discovery import Host, Line, Nsqds
+from quintet.transports.nsq.publishing import Publisher
 from quintet.wire import nsq as wire
 from quintet.wire import nsq_http as http
 from quintet.wire.names import DEAD, FAILED_AT

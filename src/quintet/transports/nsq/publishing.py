@@ -14,7 +14,7 @@ from msgspec import Struct, structs
 from quintet.connection import FAREWELL_SECONDS, Refused
 from quintet.errors import CallError, ConfigurationError, TooLarge, TransportError, Unavailable
 from quintet.message import Message, Native, native_of
-from quintet.nsq_discovery import Host, Line, Nsqds
+from quintet.transports.nsq.discovery import Host, Line, Nsqds
 from quintet.wire import nsq as wire
 from quintet.wire.nsq_session import NSQ, Denied, Subscriber, User
 from quintet.wire.nsq_topology import NOBODY, TAILS, WORK, announced, tail_channel, topic_of
