@@ -46,8 +46,8 @@ def room(parts: list[str]) -> str:
 
 
 def imports(file: Path) -> set[str]:
-    """The rooms a file imports; `import quintet.formats as folder`, to look what there is, is no such import, nor is what
-    a transport that is a folder imports of its own."""
+    """The rooms a file imports. To look what there is, as by `import quintet.formats as folder`, is no such import; nor
+    is what a transport that is a folder imports of its own."""
     found: set[str] = set()
     own = file.relative_to(ROOT).parts
     within = f"quintet.{own[0]}.{own[1]}." if len(own) > 2 else "nothing"
@@ -56,7 +56,8 @@ def imports(file: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module == "quintet":  # a file of ours, or a name out of __init__
             names = [f"quintet.{a.name}" if (ROOT / f"{a.name}.py").exists() else "quintet" for a in node.names]
         names += [a.name for a in node.names if a.name.count(".") > 1] if isinstance(node, ast.Import) else []
-        found |= {room(name.split(".")[1:]) for name in names if name.startswith("quintet") and within not in f"{name}."}
+        ours = [name for name in names if name.split(".")[0] == "quintet" and within not in f"{name}."]
+        found |= {room(name.split(".")[1:]) for name in ours}
     return found
 
 
