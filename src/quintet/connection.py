@@ -122,7 +122,8 @@ class Link(asyncio.Protocol):
         while self._room is not None:
             await asyncio.shield(self._room)
         if self._lost.done():
-            raise self._reason()
+            reason = self._reason()
+            raise reason if isinstance(reason, TransportError) else Lost(_sentence(reason))
 
     def beat(self, every: float, data: bytes) -> None:
         """Writes `data` whenever nothing was written for so many seconds."""
@@ -330,7 +331,11 @@ class Connection(Generic[S]):
             else:
                 break
         self._keeper = asyncio.get_running_loop().create_task(self._keep(link, session))
-        await asyncio.sleep(0)  # a keeper that is cancelled before it has begun would leave the socket open
+        try:
+            await asyncio.sleep(0)  # a keeper that is cancelled before it has begun would leave the socket open
+        except BaseException:
+            await self.close()
+            raise
 
     async def ready(self, until: float | None) -> S:
         """The session, as soon as there is one. Raises Unavailable (not sent) where there is none by `until`, which is

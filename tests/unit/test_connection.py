@@ -262,6 +262,35 @@ async def test_senders_wait_while_the_socket_lags_behind() -> None:
         await room
 
 
+async def test_who_waits_for_room_when_the_socket_is_reset_hears_that_it_is_lost() -> None:
+    broker = Broker()
+    await broker.up()
+    async with connected(broker) as link:
+        session = await link.ready(None)
+        broker.writers[0].transport.pause_reading()  # type: ignore[attr-defined]
+        while not session.link.full:
+            session.link.write(bytes(1 << 20))
+            await asyncio.sleep(0)
+        room = asyncio.ensure_future(session.link.room())
+        session.link.drop(ConnectionResetError("reset by peer"))
+        with pytest.raises(Lost, match="reset by peer"):
+            await room
+
+
+async def test_an_opening_that_is_cancelled_at_its_end_leaves_no_socket() -> None:
+    broker = Broker()
+    await broker.up()
+    link = Connection(parse_address(f"amqp://127.0.0.1:{broker.port}"), 5672, Echoed, SYSTEM, Told())
+    opening = asyncio.ensure_future(link.open())
+    while link._keeper is None:
+        await asyncio.sleep(0)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert link.session is None
+    await broker.down()
+
+
 async def test_large_messages_take_turns_so_that_the_loop_is_not_kept() -> None:
     broker = Broker()
     await broker.up()
