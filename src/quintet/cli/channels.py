@@ -68,7 +68,7 @@ async def _tail(channel: str, address: str, count: int, json: bool) -> None:
         )
         if there and not any(fnmatchcase(name, channel) for name in there):
             _note(f"no channel {channel} there yet; there are: {', '.join(there)}")
-        _note(f"watching {channel} at {transport.address}; Ctrl-C ends it")
+        _note(f"watching {channel} at {parse_address(address)}; Ctrl-C ends it")
         seen = 0
         async for message in messages:
             print(_as_json(message) if json else _as_line(message), flush=True)
