@@ -94,6 +94,21 @@ async def test_what_dies_while_all_are_dropped_is_left(keeping: Callable[[int], 
     assert (kept.asked, list(kept.letters)) == ([3], ["new"])
 
 
+async def test_what_came_back_although_it_was_taken_is_dropped_once_more(keeping: Callable[[int], Keeping]) -> None:
+    kept, back = keeping(10), [_letter("d-3")]
+    drop = kept.drop
+
+    async def lossy(ids: Sequence[str]) -> int:
+        count = await drop(ids)
+        kept.letters.update({letter.id: letter for letter in back})
+        back.clear()
+        return count
+
+    kept.drop = lossy  # type: ignore[method-assign]
+    await settle("drop")
+    assert (kept.asked, kept.letters) == ([10, 1], {})
+
+
 @pytest.mark.parametrize(
     ("verb", "reason"),
     [("replay", "the service that failed on them is known no more"), ("drop", "did not let go of them")],

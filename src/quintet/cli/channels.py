@@ -191,25 +191,21 @@ async def _settle(verb: str, at: str, ids: list[str], everything: bool, channel:
     async with _looking_into(at, Letters) as transport:
         act = transport.replay if verb == "replay" else transport.drop
         tried, total, begun = dict[str, float](), 0, SYSTEM.wall()
-        there = chosen = await _chosen(transport, ids, everything, channel)
+        chosen, left = await _chosen(transport, ids, everything, channel), 0
         with Console(stderr=True).status(f"{verb} of {len(chosen)} dead letters") as progress:
             while chosen:
                 tried |= {letter.id: letter.died_at for letter in chosen}
-                count = await act(list({letter.id for letter in chosen}))
+                count = await act(list(dict.fromkeys(letter.id for letter in chosen)))
                 total += count
-                chosen = []
-                if total < len(tried) or everything:
-                    there = await transport.dead(channel or None)
-                if (
-                    everything and count
-                ):  # a transport may show some of them only; what died meanwhile is another matter
-                    chosen = [letter for letter in there if letter.id not in tried and letter.died_at <= begun]
-                    progress.update(f"{verb} of {len(chosen)} more dead letters, after {total}")
+                there = await transport.dead(channel or None) if everything or total < len(tried) else ()
+                left = sum(tried.get(letter.id) == letter.died_at for letter in there)
+                # a transport may show some of them at a time; what died meanwhile is left alone
+                old = [one for one in there if one.died_at <= begun and tried.get(one.id, one.died_at) == one.died_at]
+                chosen = old if everything and count else []
+                progress.update(f"{verb} of {len(chosen)} dead letters, after {total}")
     done = "replayed" if verb == "replay" else "dropped"
     print(msgspec.json.encode({done: total}).decode() if json else f"{total} {done}")
-    if total < len(tried):
-        kept = sum(tried.get(letter.id) == letter.died_at for letter in there)
-        _note_left(verb, kept, len(tried) - total - kept)
+    _note_left(verb, left, len(tried) - total - left)
 
 
 def _note_left(verb: str, kept: int, gone: int) -> None:
