@@ -13,12 +13,14 @@ from commands import quintet
 from subjects import SUBJECTS, address_of, broker_of
 
 from quintet import Contract, Redelivery, Service, connect, current, event, notification, serve
-from quintet.message import new_id
+from quintet.message import Channel, Message, new_id
+from quintet.transport import Dead, Verdict, open_address
 
 ATTEMPTS = 3
 WAIT = 0.2  # seconds between two of them, at least
 POISON = 13
 WITHIN = 15.0
+MANY = 250
 
 
 async def letters(address: str, channel: str, count: int) -> list[dict[str, Any]]:
@@ -116,3 +118,45 @@ async def test_a_poison_message_is_a_dead_letter_after_its_attempts_and_a_replay
         await letters(address, f"orders{run}.v1.placed", 0)
         await letters(address, f"orders{run}.v1.shipped", 0)
     assert len(of("board", POISON)) == 1, "a replay goes to the group that failed, and to no other"
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+async def test_all_dead_letters_of_a_channel_are_replayed_and_dropped(name: str, broker: Callable[[str], Any]) -> None:
+    address, channel = address_of(name, broker(broker_of(name))), Channel(f"many{new_id()}.v1.placed", durable=True)
+    more, arrived = asyncio.Event(), 0
+
+    async def refuse(_: Message) -> Verdict:
+        nonlocal arrived
+        arrived += 1
+        more.set()
+        return Dead("no good")
+
+    transport = open_address(address)
+    await transport.open()
+    serving = await transport.serve(channel, refuse, "")
+    await transport.ready()
+    await asyncio.gather(*(transport.send(Message(channel=channel, id=f"{new_id()}")) for _ in range(MANY)))
+    async with asyncio.timeout(WITHIN):
+        while arrived < MANY:
+            more.clear()
+            await more.wait()
+    await letters(address, channel.name, MANY)
+    await serving.stop()
+    await transport.close()
+    words = ("--all", "--channel", channel.name, "--at", address)
+    replayed = await asyncio.to_thread(quintet, "dead", "replay", *words)
+    assert (replayed.stdout, replayed.stderr, replayed.returncode) == (f"{MANY} replayed\n", "", 0)
+
+    again = open_address(address)
+    await again.open()
+    serving = await again.serve(channel, refuse, "")
+    await again.ready()
+    async with asyncio.timeout(WITHIN):
+        while arrived < 2 * MANY:
+            more.clear()
+            await more.wait()
+    await letters(address, channel.name, MANY)
+    await serving.stop()
+    await again.close()
+    dropped = await asyncio.to_thread(quintet, "dead", "drop", "--yes", *words)
+    assert (dropped.stdout, dropped.stderr, dropped.returncode) == (f"{MANY} dropped\n", "", 0)

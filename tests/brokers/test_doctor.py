@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,6 +37,48 @@ def test_it_says_what_is_there_and_what_would_not_work(name: str, broker: Callab
     assert re.search(r"^  reached: in \d+ ms$", done.stdout, re.MULTILINE)
     assert re.search(r"^  round trip: a message to itself took [\d.]+ ms$", done.stdout, re.MULTILINE), done.stdout
     assert "  carries: request/response, notification" in done.stdout
+
+
+def test_a_user_who_may_only_send_sees_what_is_there_and_what_he_may_not_do(broker: Callable[[str], Any]) -> None:
+    entry = broker("rabbitmq")
+    control(entry, "add_user", "sender", "s3cr3t")
+    try:
+        control(entry, "set_permissions", "sender", "^$", r"^(quintet|amq\.default)$", "^$")
+        at = entry["address"].replace("guest:guest", "sender:s3cr3t")
+        done = quintet("doctor", "--at", at, within=ENDS_WITHIN)
+    finally:
+        control(entry, "delete_user", "sender")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "! round trip: a message to itself was not possible: " in done.stdout
+    assert "ACCESS_REFUSED" in done.stdout
+    assert "  version: RabbitMQ" in done.stdout
+    assert "s3cr3t" not in done.stdout
+
+
+def test_it_says_that_a_broker_is_in_a_memory_alarm(private_broker: Callable[[str], Any]) -> None:
+    own = private_broker("rabbitmq")
+    control(own.entry, "set_vm_memory_high_watermark", "0.0001")
+    done = quintet("doctor", "--at", own.address, within=ENDS_WITHIN)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^! round trip: .* takes no messages: low on memory$", done.stdout, re.MULTILINE), done.stdout
+    assert "! takes messages: low on memory" in done.stdout
+
+
+def test_more_copies_than_there_are_brokers_is_a_finding(broker: Callable[[str], Any]) -> None:
+    done = quintet("doctor", "--at", f"{broker('kafka')['address']}?replication=3", within=ENDS_WITHIN)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^! round trip: .* replication factor", done.stdout, re.MULTILINE), done.stdout
+    assert "  version: Apache Kafka" in done.stdout
+
+
+def control(entry: dict[str, Any], *words: str) -> None:
+    """What RabbitMQ's administrator says."""
+    subprocess.run(
+        [entry["rabbitmqctl"], "-q", *words],
+        env={**os.environ, **entry["environment"]},
+        check=True,
+        capture_output=True,
+    )
 
 
 @pytest.mark.parametrize("name", ["rabbitmq", "activemq", "kafka"])

@@ -13,6 +13,7 @@ from msgspec import Struct, structs
 
 from quintet.cli.exits import code_of, run, sentence
 from quintet.cli.loading import load_operation, only
+from quintet.cli.numbers import seconds
 from quintet.client import connect
 from quintet.contract import Fault, Operation, Style
 from quintet.errors import CallError, ConfigurationError, InvalidMessage
@@ -61,6 +62,7 @@ def call(
         float | None,
         typer.Option(
             "--timeout",
+            callback=seconds,
             help="Seconds to wait for the reply or acceptance, 10 if not given; for an answer, as long as it takes.",
         ),
     ] = None,
@@ -68,8 +70,12 @@ def call(
     pending: Annotated[
         str, typer.Option("--pending", metavar="ID", help="Async request: an earlier one's answer.")
     ] = "",
-    within: Annotated[float, typer.Option("--within", help="Survey: seconds during which answers are taken.")] = 2.0,
-    enough: Annotated[int | None, typer.Option("--enough", help="Survey: the number of answers that ends it.")] = None,
+    within: Annotated[
+        float, typer.Option("--within", callback=seconds, help="Survey: seconds during which answers are taken.")
+    ] = 2.0,
+    enough: Annotated[
+        int | None, typer.Option("--enough", min=1, help="Survey: the number of answers that ends it.")
+    ] = None,
     key: Annotated[str, typer.Option("--key", help="Messages of one key are handled in order.")] = "",
     format: Annotated[str, typer.Option("--format", metavar="NAME", help="What messages are written in.")] = "json",  # noqa: A002
     json: Annotated[bool, typer.Option("--json", help="One line of JSON per result or failure, for programs.")] = False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import sys
 from collections.abc import AsyncGenerator, Sequence
@@ -15,6 +14,7 @@ import msgspec
 import typer
 
 from quintet.cli.exits import run
+from quintet.clock import SYSTEM
 from quintet.errors import ConfigurationError, QuintetError
 from quintet.format import by_media_type, format_named
 from quintet.message import Message
@@ -43,8 +43,6 @@ Examples:
   quintet dead replay --all --channel trips.v1.created --at sqlite:///rides.db
   quintet dead drop 7 9 --at sqlite:///rides.db
 """
-BATCH = 100  # dead letters that are replayed or dropped in one step: between two the progress is shown
-
 At = Annotated[str, typer.Option("--at", metavar="ADDRESS", help="The transport that keeps the dead letters.")]
 OfChannel = Annotated[str, typer.Option("--channel", metavar="NAME", help="Those of this channel only.")]
 Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Dead letters, as `dead list` names them.")]
@@ -55,7 +53,7 @@ Json = Annotated[bool, typer.Option("--json", help="Writes lines of JSON, for pr
 def tail(
     channel: Annotated[str, typer.Argument(metavar="CHANNEL", help="As trips.v1.created; * at the end for any rest.")],
     address: Annotated[str, typer.Option("--from", metavar="ADDRESS", help="The transport that carries it.")],
-    count: Annotated[int, typer.Option("--count", help="Ends after so many messages; 0 for never.")] = 0,
+    count: Annotated[int, typer.Option("--count", min=0, help="Ends after so many messages; 0 for never.")] = 0,
     json: Json = False,
 ) -> None:
     """Prints each message that is sent to a channel from now on, without taking it from anyone."""
@@ -70,7 +68,7 @@ async def _tail(channel: str, address: str, count: int, json: bool) -> None:
         )
         if there and not any(fnmatchcase(name, channel) for name in there):
             _note(f"no channel {channel} there yet; there are: {', '.join(there)}")
-        _note(f"watching {channel} at {address}; Ctrl-C ends it")
+        _note(f"watching {channel} at {parse_address(address)}; Ctrl-C ends it")
         seen = 0
         async for message in messages:
             print(_as_json(message) if json else _as_line(message), flush=True)
@@ -166,7 +164,7 @@ async def _show(ids: list[str], at: str, json: bool) -> None:
 @dead.command("replay")
 def replay_dead(at: At, ids: Ids = [], everything: All = False, channel: OfChannel = "", json: Json = False) -> None:  # noqa: B006
     """Sends dead letters again, as a first attempt, to the service that failed on them."""
-    run(_each_batch("replay", at, ids, everything, channel, json))
+    run(_settle("replay", at, ids, everything, channel, json))
 
 
 @dead.command("drop")
@@ -182,26 +180,42 @@ def drop_dead(
     if everything and not yes:
         if not sys.stdin.isatty():
             raise ConfigurationError("to delete all dead letters for ever without being asked, say --yes")
-        typer.confirm(f"Delete all dead letters{f' of {channel}' if channel else ''} at {at} for ever?", abort=True)
-    run(_each_batch("drop", at, ids, everything, channel, json))
+        which = f" of {channel}" if channel else ""
+        typer.confirm(f"Delete all dead letters{which} at {parse_address(at)} for ever?", abort=True)
+    run(_settle("drop", at, ids, everything, channel, json))
 
 
-async def _each_batch(verb: str, at: str, ids: list[str], everything: bool, channel: str, json: bool) -> None:
+async def _settle(verb: str, at: str, ids: list[str], everything: bool, channel: str, json: bool) -> None:
     from rich.console import Console
-    from rich.progress import track
 
     async with _looking_into(at, Letters) as transport:
-        chosen = list(dict.fromkeys(letter.id for letter in await _chosen(transport, ids, everything, channel)))
         act = transport.replay if verb == "replay" else transport.drop
-        batches = [chosen[start : start + BATCH] for start in range(0, len(chosen), BATCH)]
-        console, total = Console(stderr=True), 0
-        for batch in track(batches, f"{verb} of {len(chosen)}", console=console, disable=len(batches) < 2):
-            total += await act(batch)
-            await asyncio.sleep(0)  # a Ctrl-C is heard between two batches
+        tried, total, begun = dict[str, float](), 0, SYSTEM.wall()
+        chosen, left = await _chosen(transport, ids, everything, channel), 0
+        with Console(stderr=True).status(f"{verb} of {len(chosen)} dead letters") as progress:
+            while chosen:
+                tried |= {letter.id: letter.died_at for letter in chosen}
+                count = await act(list(dict.fromkeys(letter.id for letter in chosen)))
+                total += count
+                there = await transport.dead(channel or None) if everything or total < len(tried) else ()
+                left = sum(tried.get(letter.id) == letter.died_at for letter in there)
+                # a transport may show some of them at a time; what died meanwhile is left alone
+                old = [one for one in there if one.died_at <= begun and tried.get(one.id, one.died_at) == one.died_at]
+                chosen = old if everything and count else []
+                progress.update(f"{verb} of {len(chosen)} dead letters, after {total}")
     done = "replayed" if verb == "replay" else "dropped"
     print(msgspec.json.encode({done: total}).decode() if json else f"{total} {done}")
-    if total < len(chosen):
-        _note(f"{len(chosen) - total} are left: taken by another, or the service that failed on them is known no more")
+    _note_left(verb, left, len(tried) - total - left)
+
+
+def _note_left(verb: str, kept: int, gone: int) -> None:
+    """Says why fewer were replayed or dropped than were chosen."""
+    if kept and verb == "replay":
+        _note(f"{kept} are left: the service that failed on them is known no more, or its channel took none in time")
+    elif kept:
+        _note(f"{kept} are left: the broker did not let go of them in time; try again")
+    if gone > 0:
+        _note(f"{gone} were there no more: another has taken them meanwhile")
 
 
 async def _chosen(transport: Letters, ids: list[str], everything: bool, channel: str) -> Sequence[DeadLetter]:
@@ -214,7 +228,8 @@ async def _chosen(transport: Letters, ids: list[str], everything: bool, channel:
         raise ConfigurationError(
             f"there is no dead letter {', '.join(sorted(unknown))}; `quintet dead list` shows them"
         )
-    return [letter for letter in letters if letter.id in ids]
+    wanted = set(ids)
+    return [letter for letter in letters if letter.id in wanted]
 
 
 def _head(letter: DeadLetter) -> str:
@@ -241,10 +256,10 @@ def _letter_as_json(letter: DeadLetter) -> str:
 @asynccontextmanager
 async def _looking_into(address: str, wanted: type) -> AsyncGenerator[Any, None]:
     """The open transport of an address. Raises ConfigurationError where it keeps no channels that could be seen."""
-    found = carrier(parse_address(address))
-    if not issubclass(found, wanted):
+    parsed = parse_address(address)
+    if not issubclass(carrier(parsed), wanted):
         raise ConfigurationError(
-            f"{address}: this transport keeps none that could be looked at; these do: {', '.join(_that_can(wanted))}"
+            f"{parsed}: this transport keeps none that could be looked at; these do: {', '.join(_that_can(wanted))}"
         )
     transport: Transport = open_address(address)
     await transport.open()

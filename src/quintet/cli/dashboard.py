@@ -22,7 +22,9 @@ Examples:
 """
 PORT = 8600
 
-Port = Annotated[int, typer.Option("--port", metavar="PORT", help="Where its page is; 0 for any that is free.")]
+Port = Annotated[
+    int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="Where its page is; 0 for any that is free.")
+]
 
 
 def dashboard(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Annotated, Any
 
 import msgspec
@@ -11,6 +12,7 @@ import typer
 from quintet.cli.exits import run
 from quintet.clock import SYSTEM
 from quintet.contract import NEEDS
+from quintet.errors import CallError, TransportError
 from quintet.message import Channel, Message, new_id
 from quintet.transport import DONE, Finding, Trait, Transport, Verdict, open_address
 
@@ -20,6 +22,7 @@ Examples:
   quintet doctor --at kafka://localhost:9092 --json
 """
 ROUND_TRIP_SECONDS = 5.0
+AGAIN_SECONDS = 1.0  # until another message is sent
 
 
 def doctor(
@@ -28,8 +31,8 @@ def doctor(
 ) -> None:
     """Says whether an address can be reached, which version is there, what it allows, and what would not work.
 
-    It sends one message to itself over a channel of its own, and leaves nothing behind. Exit code 4 where nobody is
-    there, 5 where the broker refuses.
+    It sends a message to itself over a channel of its own, and leaves nothing behind. Exit code 4 where nobody is
+    there, 5 where the broker lets nobody in; what a user may not do there is one of its findings.
     """
     run(_doctor(at, json))
 
@@ -54,7 +57,7 @@ async def _doctor(at: str, json: bool) -> None:
 
 
 async def _round_trip(transport: Transport) -> Finding:
-    """Sends a message to itself, and says how long that took."""
+    """Sends a message to itself, and says how long that took, or why it did not arrive."""
     channel = Channel(f"quintet.doctor.{new_id()}", temporary=True)
     arrived = asyncio.Event()
 
@@ -62,20 +65,31 @@ async def _round_trip(transport: Transport) -> Finding:
         arrived.set()
         return DONE
 
-    serving = await transport.serve(channel, receive, "", 1)
-    await transport.ready()
     try:
-        begun = SYSTEM.now()
-        message = Message(channel=channel, id=new_id(), body=b"{}", media_type="application/json")
-        message.until = begun + ROUND_TRIP_SECONDS
-        async with asyncio.timeout(ROUND_TRIP_SECONDS):
-            await transport.send(message)
-            await arrived.wait()
+        serving = await transport.serve(channel, receive, "", 1)
+        try:
+            await transport.ready()
+            begun = SYSTEM.now()
+            async with asyncio.timeout(ROUND_TRIP_SECONDS):
+                await _send(transport, channel, arrived)
+            return Finding("round trip", f"a message to itself took {1000 * (SYSTEM.now() - begun):.1f} ms")
+        finally:
+            await serving.stop()
     except TimeoutError:
         return Finding("round trip", f"a message to itself did not arrive within {ROUND_TRIP_SECONDS:g} s", well=False)
-    finally:
-        await serving.stop()
-    return Finding("round trip", f"a message to itself took {1000 * (SYSTEM.now() - begun):.1f} ms")
+    except (TransportError, CallError) as error:
+        return Finding("round trip", f"a message to itself was not possible: {error}", well=False)
+
+
+async def _send(transport: Transport, channel: Channel, arrived: asyncio.Event) -> None:
+    """Sends messages until one has arrived. A broker that takes none may say so only when the second is sent."""
+    while not arrived.is_set():
+        message = Message(channel=channel, id=new_id(), body=b"{}", media_type="application/json")
+        message.until = SYSTEM.now() + AGAIN_SECONDS
+        await transport.send(message)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(AGAIN_SECONDS):
+                await arrived.wait()
 
 
 def _traits(transport: Transport) -> list[Finding]:

@@ -61,5 +61,6 @@ def _carried(contract: type[Contract], at: list[str]) -> type[Contract]:
     for name in operations.keys() - set(able):
         log.warning("%s is left out: a %s needs another address", name, operations[name].style.value)
     if not able:
-        raise ConfigurationError(f"no address given can carry an operation of {contract.__name__}: {', '.join(at)}")
+        given = ", ".join(str(parse_address(address)) for address in at)
+        raise ConfigurationError(f"no address given can carry an operation of {contract.__name__}: {given}")
     return only(contract, able)

@@ -22,6 +22,7 @@ from quintet.errors import ConfigurationError
 from quintet.policy_file import PolicyFile
 from quintet.server import Connections, Service
 from quintet.server import serve as serve_service
+from quintet.transport import parse_address
 
 log = logging.getLogger("quintet.serve")
 
@@ -95,7 +96,8 @@ def connections(given: list[str]) -> Connections:
     for text in given:
         name, equals, address = text.partition("=")
         if not equals or "://" in name or not name:
-            raise ConfigurationError(f"--connect {text!r}: write NAME=ADDRESS, as passengers=http://127.0.0.1:8001")
+            shown = str(parse_address(text)) if "://" in name else repr(text)  # without its password
+            raise ConfigurationError(f"--connect {shown}: write NAME=ADDRESS, as passengers=http://127.0.0.1:8001")
         found.setdefault(name, []).append(address)
     return found
 

@@ -16,6 +16,7 @@ from msgspec import structs
 
 from quintet.cli.dashboard import PORT
 from quintet.cli.exits import Exit, run
+from quintet.cli.numbers import seconds, seconds_or_none
 from quintet.cli.serve import stop_signals
 from quintet.deployment import FILE, Deployed, read_deployment
 from quintet.feed import TOKEN
@@ -35,12 +36,17 @@ COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "bright_red", "bright_c
 
 def up(
     file: Annotated[str, typer.Argument(metavar="FILE", help="The deployment.")] = FILE,
-    within: Annotated[float, typer.Option("--within", help="Seconds that all services have to become ready.")] = 60.0,
+    within: Annotated[
+        float, typer.Option("--within", callback=seconds, help="Seconds that all services have to become ready.")
+    ] = 60.0,
     grace: Annotated[
-        float, typer.Option("--grace", help="Seconds that each has to drain before it is killed.")
+        float,
+        typer.Option("--grace", callback=seconds_or_none, help="Seconds that each has to drain before it is killed."),
     ] = GRACE,
     dashboard: Annotated[bool, typer.Option("--dashboard", help="Shows them on one page, as they run.")] = False,
-    port: Annotated[int, typer.Option("--port", help="Where the dashboard is; 0 for any that is free.")] = PORT,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Where the dashboard is; 0 for any that is free.")
+    ] = PORT,
     json: Annotated[bool, typer.Option("--json", help="Writes the log as lines of JSON, for programs.")] = False,
 ) -> None:
     """Runs all services of a deployment, restarts what crashes, stops all in reverse order on Ctrl-C or SIGTERM.
