@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,15 @@ from typing import Any
 import pytest
 
 from quintet.connection import Lost, Refused
-from quintet.errors import AddressError, ConfigurationError, ConnectionLost, Overloaded, ProtocolError, TransportError
+from quintet.errors import (
+    AddressError,
+    ConfigurationError,
+    ConnectionLost,
+    InvalidMessage,
+    Overloaded,
+    ProtocolError,
+    TransportError,
+)
 from quintet.message import Channel, Message
 from quintet.testing import FakeClock
 from quintet.transport import open_address
@@ -38,6 +47,7 @@ class Broker:
             "channel.open": ("channel.open-ok", {}),
             "channel.close": ("channel.close-ok", {}),
             "confirm.select": ("confirm.select-ok", {}),
+            "basic.qos": ("basic.qos-ok", {}),
         }
         self.start = {"server_properties": {"version": "3.10.8"}, "mechanisms": b"PLAIN AMQPLAIN"}
 
@@ -151,6 +161,42 @@ async def test_answers_come_in_the_order_of_what_was_asked_also_where_the_asker_
     broker.say(line.number, "queue.declare-ok", queue="a")
     broker.say(line.number, "queue.declare-ok", queue="b")
     assert (await second).fields["queue"] == "b"
+
+
+async def test_what_cannot_be_written_is_refused_and_the_next_gets_its_own_answer() -> None:
+    broker = Broker()
+    wire = await greeted(broker)
+    line = await wire.line()
+    for wrong in (
+        {"queue": "q" * 300},
+        {"queue": "\udcff"},
+        {"arguments": {"x-expires": datetime.timedelta(seconds=5)}},
+        {"arguments": {"x-factor": float("nan")}},
+    ):
+        with pytest.raises(InvalidMessage):
+            line.call("queue.declare", **wrong)
+    with pytest.raises(TypeError):
+        line.call("queue.declare", nonsense=True)
+    asked = line.call("queue.declare", queue="a")
+    broker.say(line.number, "queue.declare-ok", queue="a")
+    assert (await asked).fields["queue"] == "a"
+    await line.close()
+
+
+async def test_a_channel_whose_opening_or_closing_nobody_waits_for_gives_its_number_back() -> None:
+    broker = Broker()
+    wire = await greeted(broker)
+    opening = asyncio.ensure_future(wire.line())
+    await asyncio.sleep(0)
+    opening.cancel()
+    line = await wire.line()
+    closing = asyncio.ensure_future(line.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await line.close()
+    await wire.call("basic.qos")  # answered after all that
+    assert list(wire.lines) == [0]
+    assert [method.name for method in broker.asked].count("channel.close") == 3, "each once"
 
 
 async def test_an_answer_that_nobody_asked_for_is_no_amqp() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import platform
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -47,6 +48,7 @@ class Line:
         self.cancelled: Callable[[str], None] = _ignore
         """Called with the tag of a consumer that the broker has cancelled: its queue is gone."""
         self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._closing: asyncio.Future[Any] | None = None
 
     def __repr__(self) -> str:
         return f"<AMQP channel {self.number}{f', closed: {self.error}' if self.error else ''}>"
@@ -54,15 +56,16 @@ class Line:
     def call(self, name: str, **fields: Any) -> asyncio.Future[Any]:
         """Sends a method that has an answer, and gives the answer: a Method, or the Content of basic.get.
 
-        Several may be sent before the first is answered. Raises Closed or Lost.
+        Several may be sent before the first is answered. Raises TypeError or InvalidMessage where the method cannot be
+        written; what it gives raises Closed or Lost.
         """
-        future = self.expect()
+        data = amqp.method(self.number, name, **fields)  # before an answer is awaited: what raises here is not asked
         if self.error is not None:
-            self._waiting.pop()
+            future: asyncio.Future[Any] = self.session.loop.create_future()
             future.set_exception(self.error)
-        else:
-            self.session.link.write(amqp.method(self.number, name, **fields))
-        return future
+            return future
+        self.session.link.write(data)
+        return self.expect()
 
     def tell(self, name: str, **fields: Any) -> None:
         """Sends a method that has no answer."""
@@ -84,13 +87,15 @@ class Line:
         return future
 
     async def close(self) -> None:
-        """Closes it; what is not acknowledged goes back to its queue."""
-        if self.error is None:
-            try:
-                await self.call("channel.close", reply_code=200)
-            except TransportError:
-                return
-            self.end(Lost("it was closed"))
+        """Closes it; what is not acknowledged goes back to its queue. Also when called twice; its number is free once
+        the broker has answered, whether anyone waits for that or not."""
+        if self.error is not None:
+            return
+        if self._closing is None:
+            self._closing = self.call("channel.close", reply_code=200)
+            self._closing.add_done_callback(lambda _: self.end(Lost("it was closed")))
+        with contextlib.suppress(TransportError):
+            await asyncio.shield(self._closing)
 
     # called by the session
 
@@ -209,6 +214,7 @@ class Wire(Session):
         self._latest = 0  # of the numbers of lines
         self._tags = 0
         self._unblocked: asyncio.Future[None] | None = None
+        self._goodbyes: set[asyncio.Task[None]] = set()  # to channels that nobody waited for
         self._laid: set[str] = set()  # what is known to stand on the broker
         self._control = Line(self, 0)
         self.lines[0] = self._control
@@ -230,7 +236,12 @@ class Wire(Session):
         number = self._number()
         line = kind(self, number)
         self.lines[number] = line
-        await line.call("channel.open")
+        try:
+            await line.call("channel.open")
+        except BaseException:
+            self._goodbyes.add(closing := self.loop.create_task(line.close()))
+            closing.add_done_callback(self._goodbyes.discard)
+            raise
         return line
 
     async def call(self, name: str, **fields: Any) -> dict[str, Any]:
