@@ -22,11 +22,13 @@ from running import Broker, Entry
 from quintet import Contract, Policy, Redelivery, Service, connect, current, event, notification, request, serve
 from quintet.connection import Refused
 from quintet.errors import ChannelFull, ConnectionLost, InvalidMessage, TransportError, Unavailable
+from quintet.letters import bury
 from quintet.message import Channel, Message, new_id
 from quintet.replies import Replies
 from quintet.testing import CHECKS, Bench, Check, skips
 from quintet.testing.bench import Receiver
 from quintet.transport import DONE, Again, Dead, Verdict, open_address
+from quintet.transports import amqp
 from quintet.transports.amqp import Carrier, Publish, Queue
 
 Brokers = Callable[[str], Entry]
@@ -428,6 +430,64 @@ async def test_what_waits_while_its_queue_is_deleted_is_a_dead_letter(address: s
                 await asyncio.sleep(0.05)
         assert (letters[0].reason, letters[0].attempts, letters[0].message.body) == ("its queue is gone", 2, b"1")
         assert await carrier.drop([letters[0].id]) == 1
+
+
+async def bury_many(carrier: Carrier, name: str, count: int) -> list[str]:
+    """Puts so many dead letters of one channel where they belong, and gives their ids."""
+    dead = [
+        bury(Message(channel=Channel(name, durable=True), id=f"{name}-{number}"), "", "broken", carrier.clock)
+        for number in range(count)
+    ]
+    await carrier.store("", "quintet.dead", dead[0], lambda: True)
+    for start in range(1, count, 500):
+        stored = (carrier.store("", "quintet.dead", one, lambda: True) for one in dead[start : start + 500])
+        assert all(await asyncio.gather(*stored))
+    return [f"{name}-{number}@{name}" for number in range(count)]
+
+
+async def test_of_very_many_dead_letters_those_that_are_named_are_dropped_and_the_others_stay(address: str) -> None:
+    async with bench_at(address) as bench:
+        carrier, gone, kept = await opened(bench), bench.name(), bench.name()
+        ids = await bury_many(carrier, gone, 1000) + await bury_many(carrier, kept, 30) + await bury_many(
+            carrier, gone + "-too", 1000
+        )
+        dropped = [id_ for id_ in ids if not id_.endswith(f"@{kept}")]
+        assert await carrier.drop(dropped) == 2000
+        assert [len(await carrier.dead(name)) for name in (gone, kept, gone + "-too")] == [0, 30, 0]
+        assert await carrier.drop(ids) == 30
+        assert await carrier.drop(ids) == 0
+
+
+async def test_very_many_dead_letters_are_replayed_each_once(address: str) -> None:
+    async with bench_at(address) as bench:
+        carrier, channel = await opened(bench), bench.channel(durable=True)
+        ids = await bury_many(carrier, channel.name, 1500)
+        await (await carrier.serve(channel, Receiver(), "")).stop()
+        assert await carrier.replay(ids) == 1500
+        assert await carrier.dead(channel.name) == []
+        answer = await carrier.native.call("queue.declare", queue=channel.name, passive=True)
+        assert answer["message_count"] == 1500
+
+
+async def test_two_who_look_at_the_dead_letters_at_the_same_time_both_see_them_all(address: str) -> None:
+    async with bench_at(address) as bench:
+        one, two, channel = await opened(bench), await opened(bench), bench.channel(durable=True)
+        ids = await bury_many(one, channel.name, 200)
+        looks = await asyncio.gather(*(carrier.dead(channel.name) for carrier in (one, two, one, two)))
+        assert [len(look) for look in looks] == [200] * 4
+        drops = await asyncio.gather(one.drop(ids), two.drop(ids))
+        assert sorted(drops) == [0, 200]
+
+
+async def test_who_goes_on_looking_at_the_dead_letters_is_told_to_the_next(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench_at(address) as bench:
+        one, two = await opened(bench), await opened(bench)
+        monkeypatch.setattr(amqp, "LETTERS_SECONDS", 0.1)
+        await one.native.call("queue.declare", queue="quintet.dead.looking", exclusive=True)
+        with pytest.raises(TransportError, match="another looks at the dead letters, try again later"):
+            await two.dead()
 
 
 # What RabbitMQ alone can do

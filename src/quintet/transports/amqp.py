@@ -12,7 +12,7 @@ import os
 import socket
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, ClassVar, Final, Literal, Self
 
 from msgspec import Struct, structs
@@ -68,8 +68,10 @@ ASKED_KEPT = 10_000  # requests whose loss is told to who waits for the reply; o
 ROUTES_KEPT = 1000  # of those who wait for replies
 TAIL_SECONDS = 2.0  # between two times that a tail says it is there
 TAIL_KEPT = 10_000  # messages that a tail may lag behind; the oldest go first
-LETTERS_SECONDS = 2.0  # of silence after which no more dead letters are waited for
-LETTERS_SHOWN = 10_000
+LETTERS_SECONDS = 15.0  # that one who looks at the dead letters waits for another who does
+LETTERS_SHOWN = 10_000  # dead letters at a time
+LOOKING: Final = f"{DEAD}.looking"
+"""The queue whose owner looks at the dead letters."""
 
 
 class Carrier(Transport):
@@ -94,6 +96,7 @@ class Carrier(Transport):
         self._publishing: Connection[_Publisher] = self._connection(self._publisher)
         self._consuming: Connection[_Consumer] | None = None
         self._opening = asyncio.Lock()
+        self._looking = asyncio.Lock()  # at the dead letters
         self._away = 0  # connections that are lost
         self._open = False
         self.largest = BODY_MAX
@@ -329,6 +332,7 @@ class Carrier(Transport):
     # Letters
 
     async def dead(self, channel: str | None = None) -> Sequence[DeadLetter]:
+        """The first LETTERS_SHOWN of them."""
         found: list[DeadLetter] = []
 
         async def look(content: Content) -> bool:
@@ -337,17 +341,16 @@ class Carrier(Transport):
                 found.append(one)
             return False
 
-        await self._letters(LETTERS_SHOWN, look)
+        await self._letters(look, lambda seen: seen == LETTERS_SHOWN)
         return sorted(found, key=lambda one: one.died_at)
 
     async def replay(self, ids: Sequence[str]) -> int:
         async def again(content: Content) -> bool:
+            give_up = self.clock.now() + WITHIN
             message, group = revive(read_dead(content, self.clock))
             name = message.channel.name
             queue = f"{name}@{group}" if message.channel.fanout else name
             return await self.store("", queue, message, lambda: self.clock.now() < give_up)
-
-        give_up = self.clock.now() + WITHIN * 2
 
         return await self._take(ids, again)
 
@@ -358,47 +361,74 @@ class Carrier(Transport):
         return await self._take(ids, nothing)
 
     async def _take(self, ids: Iterable[str], act: Callable[[Content], Awaitable[bool]]) -> int:
-        """Takes those dead letters out of their queue on which `act` succeeds."""
-        wanted = set(ids)
+        """Takes those dead letters out of their queue on which `act` succeeds, and returns how many those were."""
+        wanted, taken = set(ids), 0
 
         async def look(content: Content) -> bool:
-            return letter(read_dead(content, self.clock)).id in wanted and await act(content)
+            nonlocal taken
+            id_ = letter(read_dead(content, self.clock)).id
+            if id_ not in wanted or not await act(content):
+                return False
+            wanted.discard(id_)
+            taken += 1
+            return True
 
-        return await self._letters(0, look)
+        await self._letters(look, lambda _: not wanted)
+        return taken
 
-    async def _letters(self, most: int, take: Callable[[Content], Awaitable[bool]]) -> int:
-        """Shows all dead letters to `take`, or the first so many, and returns how many it took: the others stay."""
+    async def _letters(self, take: Callable[[Content], Awaitable[bool]], enough: Callable[[int], bool]) -> None:
+        """Shows each dead letter to `take`, until there are no more or `enough`, which is asked with how many were
+        seen; deletes those that it took, and puts the others back."""
         wire = await (await self.consuming()).ready(self.clock.now() + WITHIN)
-        await wire.lay_dead()
-        line, tag = await wire.line(), wire.tag()
-        arrived: asyncio.Queue[Content] = asyncio.Queue()
-        left = taken = 0
         try:
-            there = await _waiting(line)
-            await line.call("basic.qos", prefetch_count=most)
-            wire.consumers[tag.encode()] = arrived.put_nowait
-            await line.call("basic.consume", queue=DEAD, consumer_tag=tag)
-            for _ in range(min(there, most or there)):
-                async with asyncio.timeout(LETTERS_SECONDS):
-                    content = await arrived.get()
-                if await take(content):
-                    wire.link.write(settle(line.number, content.tag))
-                    taken += 1
-                else:
-                    left += 1
-        except TimeoutError:
-            pass  # another looks at them at this moment
+            await wire.lay_dead()
+            async with self._looking, self._alone(wire):
+                line, seen, left = await wire.line(), 0, 0
+                try:
+                    # One by one: each answer proves that the acknowledgement before it was carried out, where a burst
+                    # of them with the channel's end behind it is forgotten in part.
+                    while isinstance(content := await line.call("basic.get", queue=DEAD), Content):
+                        if enough(seen):
+                            left += 1
+                            break
+                        seen += 1
+                        if await take(content):
+                            line.tell("basic.ack", delivery_tag=content.tag)
+                        else:
+                            left += 1
+                finally:
+                    await line.close()
+                await self._settled(wire, left)
         except Closed as error:
             raise TransportError(_sentence(self.address, DEAD, error)) from error
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, wire: Wire) -> AsyncIterator[None]:
+        """Lets one look at the dead letters at a time, as two would each see a part of them: a queue that belongs to
+        one connection says who. Raises TransportError where another goes on and on."""
+        give_up = self.clock.now() + LETTERS_SECONDS
+        while True:
+            try:
+                await wire.call("queue.declare", queue=LOOKING, exclusive=True, arguments={"x-queue-type": "classic"})
+                break
+            except Closed as error:
+                if error.code == 403:  # who may look, and not declare
+                    yield
+                    return
+                if error.code != 405:
+                    raise
+                if self.clock.now() >= give_up:
+                    raise TransportError(f"{self.address}: another looks at the dead letters, try again later") from None
+            await self.clock.sleep(AGAIN_FIRST)
+        try:
+            yield
         finally:
-            await line.close()
-            wire.consumers.pop(tag.encode(), None)
-        await self._settled(wire, left)
-        return taken
+            with contextlib.suppress(TransportError):
+                await wire.call("queue.delete", queue=LOOKING)
 
     async def _settled(self, wire: Wire, count: int) -> None:
         """Waits until so many dead letters are back in their queue, for whoever looks next."""
-        give_up = self.clock.now() + LETTERS_SECONDS
+        give_up = self.clock.now() + WITHIN
         line = await wire.line()
         while await _waiting(line) < count and self.clock.now() < give_up:
             await self.clock.sleep(0.005)
