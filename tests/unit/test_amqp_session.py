@@ -80,7 +80,7 @@ class Broker:
 
 def wire_at(broker: Broker, beat: int = 10, *, external: bool = False) -> Wire:
     options: dict[str, Any] = {"name": "test", "vhost": "/", "beat": beat, "external": external}
-    wire = broker.session = Wire(broker, FakeClock(), "guest", "guest", **options)  # type: ignore[arg-type]
+    wire = broker.session = Wire(broker, FakeClock(), "amqp://there", "guest", "guest", **options)  # type: ignore[arg-type]
     return wire
 
 
@@ -114,7 +114,7 @@ async def test_a_broker_that_names_no_limits_gets_ours_and_no_heart_beat_is_none
 
 
 async def test_a_broker_without_our_way_to_log_in_is_refused() -> None:
-    with pytest.raises(Refused, match="does not know EXTERNAL, only PLAIN AMQPLAIN"):
+    with pytest.raises(Refused, match=r"^amqp://there: .*does not know EXTERNAL, only PLAIN AMQPLAIN; change"):
         await wire_at(Broker(), external=True).greet()
 
 
@@ -124,7 +124,7 @@ async def test_a_password_that_the_broker_refuses_is_told_with_its_words() -> No
         "connection.close",
         {"reply_code": 403, "reply_text": "ACCESS_REFUSED - no"},
     )
-    with pytest.raises(Refused, match="ACCESS_REFUSED - no"):
+    with pytest.raises(Refused, match="^amqp://there: ACCESS_REFUSED - no; check user and password"):
         await wire_at(broker).greet()
 
 
@@ -328,7 +328,7 @@ def test_what_lasts_is_in_quorum_queues_and_the_rest_goes_when_it_is_unused() ->
     [
         (Queue(max_priority=5), {"x-queue-type": "classic", "x-max-priority": 5}),
         (Queue(exclusive=True), {"x-queue-type": "quorum", "x-single-active-consumer": True}),
-        (Queue(max_length=7), {"x-max-length": 7, "x-overflow": "reject-publish"}),
+        (Queue(max_length=7), {"x-max-length": 7, "x-overflow": "drop-head"}),
         (Queue(max_bytes=7, overflow="drop-head"), {"x-max-length-bytes": 7, "x-overflow": "drop-head"}),
         (Queue(message_ttl=1.5), {"x-message-ttl": 1500}),
         (Queue(consumer_timeout=7200), {"x-consumer-timeout": 7_200_000}),
@@ -338,13 +338,23 @@ def test_what_lasts_is_in_quorum_queues_and_the_rest_goes_when_it_is_unused() ->
     ids=repr,
 )
 def test_an_option_is_an_argument_of_the_queue(option: Queue, arguments: dict[str, Any]) -> None:
-    found = place_of(Channel("a", durable=True, native=(option,)), "", lasting=False).arguments
+    found = place_of(Channel("a", fanout=True, durable=True, native=(option,)), "g", lasting=False).arguments
     assert {name: found.get(name) for name in arguments} == arguments
+
+
+def test_a_full_queue_of_one_receiver_refuses_what_comes() -> None:
+    full = place_of(Channel("a", durable=True, native=(Queue(max_length=7),)), "", lasting=False)
+    assert full.arguments["x-overflow"] == "reject-publish"
+
+
+def test_a_stream_is_refused_where_each_message_is_for_one_receiver() -> None:
+    with pytest.raises(ConfigurationError, match="trips: a stream is for events"):
+        place_of(Channel("trips", durable=True, native=(Queue(type="stream"),)), "", lasting=False)
 
 
 def test_options_of_consumers_are_arguments_of_theirs() -> None:
     native = (Queue(type="stream", stream_offset="first", consumer_priority=3),)
-    place = place_of(Channel("a", durable=True, native=native), "", lasting=False)
+    place = place_of(Channel("a", fanout=True, durable=True, native=native), "g", lasting=False)
     assert place.consumer == {"x-priority": 3, "x-stream-offset": "first"}
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final, Literal, Self
 from msgspec import Struct, structs
 
 from quintet.clock import SYSTEM, Clock
-from quintet.connection import TLS_OPTIONS, Connection, Link, Lost, Refused, credentials
+from quintet.connection import SAYS_BEFORE, TLS_OPTIONS, Connection, Link, Lost, Refused, credentials
 from quintet.errors import (
     PROBLEM_MEDIA_TYPE,
     AddressError,
@@ -184,13 +184,13 @@ class Carrier(Transport):
     # sending
 
     async def _writable(self, message: Message) -> _Publisher:
-        """The session, once there is one that takes messages. Raises Unavailable at the message's `until`."""
+        """The session, once there is one that takes messages. Raises Unavailable just before the message's `until`, as
+        its sender's own time-out could only say that it does not know."""
         until = message.until if message.until is not None else message.deadline
         while True:
             session = await self._publishing.ready(until)
-            limit = asyncio.timeout(None if until is None else until - self.clock.now())
             try:
-                async with limit:
+                async with asyncio.timeout(None if until is None else until - SAYS_BEFORE - self.clock.now()):
                     if session.blocked:
                         await session.unblocked()
                     if session.link.full:
@@ -273,6 +273,7 @@ class Carrier(Transport):
     def _options(self, what: str) -> dict[str, Any]:
         user, password = credentials(self.address, "guest", "guest")
         return {
+            "address": str(self.address),
             "user": user,
             "password": password,
             "name": f"Quintet {what}, process {os.getpid()} on {socket.gethostname()}",
@@ -956,6 +957,8 @@ class _Serving(_Held):
             await self.consume(wire, place.queue, self._take, self._prefetch, arguments=place.consumer)
         except Closed as error:
             raise TransportError(_sentence(self.carrier.address, place.queue, error)) from error
+        except InvalidMessage as error:
+            raise TransportError(f"{place.queue} at {self.carrier.address} cannot be served: {error}") from None
 
     def gone(self, subscription: _Subscription) -> None:
         self.intake.forget(lambda content: content.origin is subscription)

@@ -20,7 +20,12 @@ from quintet.wire.amqp_message import DELAYS, properties, properties_of
 from quintet.wire.amqp_topology import AGAIN, DEAD_QUEUE, EXCHANGE, EXCHANGES, Place, delay_queue
 from quintet.wire.names import DEAD
 
-REFUSALS: Final = frozenset({402, 403, 530})  # of a connection: wrong virtual host, password or right
+REFUSALS: Final = {
+    402: "name a virtual host behind the host, as in amqp://host/vhost",
+    403: "check user and password, in the address or in QUINTET_AMQP_USER and QUINTET_AMQP_PASSWORD",
+    530: "name a virtual host that is there, and that the user has rights on",
+}
+"""Reply codes of a connection that is not to be tried again as it is, and what to do."""
 CHANNELS_LEAST: Final = 64
 
 
@@ -193,7 +198,17 @@ class Wire(Session):
     """A session with a broker. `call` does anything of AMQP that there is no other way to."""
 
     def __init__(
-        self, link: Link, clock: Clock, user: str, password: str, *, name: str, vhost: str, beat: int, external: bool
+        self,
+        link: Link,
+        clock: Clock,
+        address: str,
+        user: str,
+        password: str,
+        *,
+        name: str,
+        vhost: str,
+        beat: int,
+        external: bool,
     ) -> None:
         super().__init__(link)
         self.clock = clock
@@ -208,6 +223,7 @@ class Wire(Session):
         self.consumers: dict[bytes, Callable[[Content], None]] = {}
         """What takes the deliveries of each consumer, by its tag."""
         self.error: Exception | None = None
+        self._address = address
         self._user, self._password, self._name, self._vhost, self._external = user, password, name, vhost, external
         self._parser = Parser()
         self._channel_max = CHANNELS_LEAST
@@ -362,7 +378,8 @@ class Wire(Session):
         self.server = start.fields["server_properties"]
         mechanism = "EXTERNAL" if self._external else "PLAIN"
         if mechanism.encode() not in start.fields["mechanisms"].split():
-            raise Refused(f"the broker does not know {mechanism}, only {start.fields['mechanisms'].decode()}")
+            known = start.fields["mechanisms"].decode()
+            raise self._refused(f"the broker does not know {mechanism}, only {known}", "change ?auth=")
         tune: Method = await control.call(
             "connection.start-ok",
             client_properties={
@@ -377,10 +394,10 @@ class Wire(Session):
             locale="en_US",
         )
         if tune.name != "connection.tune":
-            raise Refused(f"the broker asks for more than a password: {tune.name}")
+            raise self._refused(f"the broker asks for more than a password: {tune.name}", "take ?auth=external")
         self.frame_max = min(tune.fields["frame_max"] or amqp.FRAME_MAX, amqp.FRAME_MAX)
         if self.frame_max < amqp.FRAME_LEAST:
-            raise Refused(f"the broker allows frames of {self.frame_max} bytes, {amqp.FRAME_LEAST} are the least")
+            raise self._refused(f"the broker allows frames of {self.frame_max} bytes", f"allow {amqp.FRAME_LEAST}")
         self._parser.frame_max = self.frame_max
         self._channel_max = tune.fields["channel_max"] or 65535
         agreed = {"channel_max": self._channel_max, "frame_max": self.frame_max, "heartbeat": self.heartbeat}
@@ -426,7 +443,8 @@ class Wire(Session):
         elif name == "connection.close":
             line.tell("connection.close-ok")
             code, text = fields["reply_code"], fields["reply_text"]
-            self.link.drop(Refused(text) if code in REFUSALS else Lost(f"the broker closed the connection: {text}"))
+            closed = Lost(f"the broker closed the connection: {text}")
+            self.link.drop(self._refused(text, REFUSALS[code]) if code in REFUSALS else closed)
         elif name == "connection.blocked":
             self._block(fields["reason"] or "it is short of memory or disk")
         elif name == "connection.unblocked":
@@ -444,6 +462,9 @@ class Wire(Session):
         await self._control.call("connection.close", reply_code=200, reply_text="goodbye")
 
     # inside
+
+    def _refused(self, why: str, advice: str) -> Refused:
+        return Refused(f"{self._address}: {why}; {advice}")
 
     def _number(self) -> int:
         for _ in range(self._channel_max):
