@@ -31,6 +31,7 @@ from quintet.testing.bench import Receiver
 from quintet.transport import DONE, Again, Dead, Verdict, open_address
 from quintet.transports import amqp
 from quintet.transports.amqp import Carrier, Publish, Queue
+from quintet.wire.amqp_topology import place_of
 
 Brokers = Callable[[str], Entry]
 
@@ -166,7 +167,9 @@ async def test_a_wrong_password_and_a_wrong_virtual_host_are_refused_at_once_wit
     begun = time.monotonic()
     with pytest.raises(Refused, match=r"^amqp://guest:\*\*\*@.*Login was refused.*PLAIN.*; check user and password"):
         await open_address(address.replace("guest:guest@", "guest:wrong@")).open()
-    with pytest.raises(Refused, match="^amqp://.*/nowhere: .*vhost nowhere not found; name a virtual host that is there"):
+    with pytest.raises(
+        Refused, match=r"^amqp://.*/nowhere: .*vhost nowhere not found; name a virtual host that is there"
+    ):
         await open_address(f"{address}/nowhere").open()
     assert time.monotonic() - begun < 4
 
@@ -331,6 +334,59 @@ async def test_a_consumer_that_the_broker_cancels_serves_on(address: str) -> Non
         await bench.got(receiver, 1)
 
 
+@pytest.mark.parametrize("keyed", [False, True], ids=["", "keyed"])
+async def test_a_queue_that_is_deleted_and_declared_again_at_once_is_served_again_although_the_broker_says_nothing(
+    address: str, monkeypatch: pytest.MonkeyPatch, keyed: bool
+) -> None:
+    monkeypatch.setattr(amqp, "IDLE", 0.1)
+    async with bench_at(address) as bench:
+        carrier, name, receiver = await opened(bench), bench.name(), Receiver()
+        channel = Channel(name, durable=True, keyed=keyed)
+        serving = await bench.serve(await opened(bench), channel, receiver)
+        await bench.send(carrier, channel, b"1")
+        await bench.got(receiver, 1)
+        place = place_of(channel, "", lasting=True)
+        line = await carrier.native.line()
+        await asyncio.gather(
+            line.call("queue.delete", queue=name),
+            line.call("queue.declare", queue=name, durable=True, arguments=place.arguments),
+        )
+        await line.close()
+        await bench.send(carrier, channel, b"2", b"3")
+        await bench.got(receiver, 3)
+        assert sorted(receiver.bodies) == [b"1", b"2", b"3"]
+        await serving.stop()
+        assert await carrier.native.call("queue.delete", queue=name) == {"message_count": 0}
+
+
+async def test_who_sends_to_a_deleted_queue_gives_its_receivers_the_time_to_hear_of_that(address: str) -> None:
+    async with bench_at(address) as bench:
+        carrier, channel, receiver = await opened(bench), bench.channel(durable=True), Receiver()
+        await bench.serve(carrier, channel, receiver)
+        await bench.serve(await opened(bench), channel, receiver)
+        await bench.send(carrier, channel, b"1")
+        await bench.got(receiver, 1)
+        for number in range(2, 7):
+            await carrier.native.call("queue.delete", queue=channel.name)
+            await bench.send(carrier, channel, b"%d" % number)
+            await bench.got(receiver, number)
+
+
+async def test_a_subscription_that_is_renewed_all_the_time_loses_nothing_and_handles_nothing_twice(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amqp, "IDLE", 0.002)
+    async with bench_at(address) as bench:
+        carrier, channel, receiver = await opened(bench), bench.channel(durable=True), Receiver()
+        serving = await bench.serve(carrier, channel, receiver)
+        for number in range(100):
+            await bench.send(carrier, channel, b"%d" % number)
+        await bench.got(receiver, 100)
+        assert sorted(map(int, receiver.bodies)) == list(range(100))
+        await serving.stop()
+        assert await empty(carrier, channel.name)
+
+
 async def test_an_amqp_channel_that_the_broker_closes_is_opened_again_and_no_other_suffers(address: str) -> None:
     async with bench_at(address) as bench:
         carrier, bad, other = (
@@ -454,8 +510,10 @@ async def bury_many(carrier: Carrier, name: str, count: int) -> list[str]:
 async def test_of_very_many_dead_letters_those_that_are_named_are_dropped_and_the_others_stay(address: str) -> None:
     async with bench_at(address) as bench:
         carrier, gone, kept = await opened(bench), bench.name(), bench.name()
-        ids = await bury_many(carrier, gone, 1000) + await bury_many(carrier, kept, 30) + await bury_many(
-            carrier, gone + "-too", 1000
+        ids = (
+            await bury_many(carrier, gone, 1000)
+            + await bury_many(carrier, kept, 30)
+            + await bury_many(carrier, gone + "-too", 1000)
         )
         dropped = [id_ for id_ in ids if not id_.endswith(f"@{kept}")]
         assert await carrier.drop(dropped) == 2000

@@ -124,7 +124,7 @@ async def test_a_password_that_the_broker_refuses_is_told_with_its_words() -> No
         "connection.close",
         {"reply_code": 403, "reply_text": "ACCESS_REFUSED - no"},
     )
-    with pytest.raises(Refused, match="^amqp://there: ACCESS_REFUSED - no; check user and password"):
+    with pytest.raises(Refused, match=r"^amqp://there: ACCESS_REFUSED - no; check user and password"):
         await wire_at(broker).greet()
 
 

@@ -66,6 +66,8 @@ CLOSING_SECONDS = 2.0  # for an answer, when something is closed
 AGAIN_FIRST, AGAIN_LONGEST = 0.05, 1.0  # seconds until something that the broker refused is tried once more
 ASKED_KEPT = 10_000  # requests whose loss is told to who waits for the reply; older ones have long timed out
 ROUTES_KEPT = 1000  # of those who wait for replies
+NOTICED = 0.1  # until a queue that was deleted is declared again: who consumed it must have heard of it by then
+IDLE = 30.0  # seconds without a delivery after which a consumer of a quorum queue subscribes anew
 TAIL_SECONDS = 2.0  # between two times that a tail says it is there
 TAIL_KEPT = 10_000  # messages that a tail may lag behind; the oldest go first
 LETTERS_SECONDS = 15.0  # that one who looks at the dead letters waits for another who does
@@ -153,6 +155,7 @@ class Carrier(Transport):
                 await session.publish(message, route, reply_to)
             except Unroutable:  # its queue was deleted, and the message is nowhere
                 session.routes.pop(channel, None)
+                await self.clock.sleep(NOTICED)
                 session, route = await self._route(message)
                 await session.publish(message, route, reply_to)
         except Unroutable:
@@ -419,7 +422,9 @@ class Carrier(Transport):
                 if error.code != 405:
                     raise
                 if self.clock.now() >= give_up:
-                    raise TransportError(f"{self.address}: another looks at the dead letters, try again later") from None
+                    raise TransportError(
+                        f"{self.address}: another looks at the dead letters, try again later"
+                    ) from None
             await self.clock.sleep(AGAIN_FIRST)
         try:
             yield
@@ -778,6 +783,11 @@ class _Subscription:
     def lost(self) -> bool:
         return self.line.error is not None
 
+    @property
+    def settled(self) -> int:
+        """A number that grows with each delivery that is settled."""
+        return self._low + len(self._ahead)
+
     def done(self, tag: int) -> None:
         done = self._done
         if not done:
@@ -891,13 +901,14 @@ class _Held(ABC):
             self.subscription = None
         return wire.loop.create_task(line.close())
 
-    def resume(self, wire: Wire) -> None:
+    def resume(self, wire: Wire, after: float = 0.0) -> None:
         if self._resuming is not None:
             self._resuming.cancel()
-        self._resuming = wire.loop.create_task(self._resume(wire))
+        self._resuming = wire.loop.create_task(self._resume(wire, after))
 
-    async def _resume(self, wire: Wire) -> None:
+    async def _resume(self, wire: Wire, after: float) -> None:
         """Subscribes again, as often as it takes: a queue whose leader is being elected, a right that is missing."""
+        await self.carrier.clock.sleep(after)
         pause = AGAIN_FIRST
         while wire.error is None:
             try:
@@ -927,7 +938,7 @@ class _Held(ABC):
         """The queue was deleted, or has moved."""
         self._drop(wire, subscription)
         self.gone(subscription)
-        self.resume(wire)
+        self.resume(wire, NOTICED)
 
 
 class _Serving(_Held):
@@ -941,6 +952,7 @@ class _Serving(_Held):
         self._queue = ""
         self._prefetch = limit * PREFETCH_KEYED if channel.keyed else limit
         self._parked = False  # what has not begun goes back when the AMQP channel is closed
+        self._renewing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<serving {self.channel.name} as {self.group or 'its one receiver'}: {self.intake!r}>"
@@ -959,6 +971,37 @@ class _Serving(_Held):
             raise TransportError(_sentence(self.carrier.address, place.queue, error)) from error
         except InvalidMessage as error:
             raise TransportError(f"{place.queue} at {self.carrier.address} cannot be served: {error}") from None
+        if self._renewing is None and place.arguments.get("x-queue-type") == "quorum":
+            self._renewing = wire.loop.create_task(self._renew(place.consumer))
+
+    def release(self) -> None:
+        super().release()
+        if self._renewing is not None:
+            self._renewing.cancel()
+
+    async def _renew(self, arguments: dict[str, Any]) -> None:
+        """Subscribes anew whenever nothing has come for long. RabbitMQ says nothing to a consumer whose quorum queue is
+        deleted and at once declared again: it counts it as one of the new queue's, and never brings it anything."""
+        while True:
+            subscription, resuming = self.subscription, self._resuming
+            settled = subscription.settled if subscription is not None else 0
+            await self.carrier.clock.sleep(IDLE)
+            if subscription is None or subscription is not self.subscription or subscription.lost:
+                continue
+            if resuming is not None and not resuming.done():
+                continue
+            if self.intake.size or subscription.settled != settled:
+                continue
+            line, tag = subscription.line, subscription.tag
+            with contextlib.suppress(TransportError):  # then it is subscribed again in any case
+                await line.call("basic.cancel", consumer_tag=tag)
+                if (
+                    self.intake.size or subscription.settled != settled
+                ):  # it lives, and must not lose what has just come
+                    await line.call("basic.consume", queue=self._queue, consumer_tag=tag, arguments=arguments)
+                elif subscription is self.subscription:
+                    self._drop(line.session, subscription)
+                    self.resume(line.session)
 
     def gone(self, subscription: _Subscription) -> None:
         self.intake.forget(lambda content: content.origin is subscription)
