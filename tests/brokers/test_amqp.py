@@ -628,6 +628,45 @@ async def test_a_full_queue_refuses_and_of_a_full_group_the_oldest_is_a_dead_let
         await serving.stop()
 
 
+async def test_a_message_that_the_broker_refuses_disturbs_neither_the_connection_nor_what_is_sent_next(
+    address: str,
+) -> None:
+    async with bench_at(address) as bench:
+        carrier, channel, receiver, asked = (
+            await opened(bench),
+            bench.channel(durable=True),
+            Receiver(),
+            bench.channel(),
+        )
+        replies = Replies(carrier, "test")
+        await replies.open()
+
+        async def answer(message: Message) -> Verdict:
+            reply = Message(channel=Channel(message.reply_to, temporary=True), correlation_id=message.correlation_id)
+            await carrier.send(reply)
+            return DONE
+
+        await bench.serve(carrier, channel, receiver)
+        serving = await bench.serve(carrier, asked, Receiver(hold=True), limit=1)
+        await bench.send(carrier, channel, b"1")
+        before = carrier.native
+        waiting = bench.start(replies.exchange(bench.message(asked, b"1")))
+        await bench.until(lambda: serving.intake.size == 1, lambda: "the request never came")
+        for line in (before.outlet, before.plain):  # as one that is too large, or to an exchange that is gone
+            line.publish("nowhere", "", bench.message(channel, b"refused"))
+        refused = bench.start(carrier.send(bench.message(channel, b"2")))
+        await asyncio.gather(refused, return_exceptions=True)
+        assert isinstance(refused.exception(), ConnectionLost), "it stood behind one that was refused"
+        assert (await waiting).status == "connection-lost", "its reply would have come to a channel that is gone"
+        await bench.send(carrier, channel, b"3")
+        await bench.until(lambda: b"3" in receiver.bodies, lambda: f"only {receiver.bodies} came")
+        await serving.abort()
+        await bench.serve(carrier, asked, answer)
+        assert not (await replies.exchange(bench.message(asked, b"2"))).status
+        assert (carrier.native is before, before.error) == (True, None)
+        await replies.close()
+
+
 async def test_the_native_connection_does_what_amqp_can_and_says_what_the_broker_says(address: str) -> None:
     async with bench_at(address) as bench:
         carrier, name = await opened(bench), bench.name()
@@ -663,6 +702,16 @@ async def test_a_user_with_few_rights_sends_and_is_told_which_right_is_missing(b
                 await bench.got(receiver, 1)
                 with pytest.raises(TransportError, match=r"ACCESS_REFUSED .*give the user the right"):
                     await carrier.serve(bench.channel(durable=True), Receiver(), "")
+            management(broker, "PUT", f"permissions/%2F/{name}", rights | {"write": "^$"})
+            async with bench_at(address.replace("guest:guest@", f"{name}:x@")) as theirs:
+                carrier, request_ = await opened(theirs), bench.channel()
+                await bench.serve(await opened(bench), request_, Receiver())
+                before, told = carrier.native, list[str]()
+                carrier.tell = lambda kind, subject, reason="": told.append(kind)
+                for refused, exchange in ((channel, "quintet"), (request_, "amq.default")) * 2:
+                    with pytest.raises(Unavailable, match=f"not sent, ACCESS_REFUSED.*right to write to {exchange}$"):
+                        await carrier.send(theirs.message(refused, b"2"))
+                assert (carrier.native is before, before.error, told) == (True, None, [])
             every = r"^(quintet|check\.|amq\.default$)"
             management(broker, "PUT", f"permissions/%2F/{name}", {"configure": every, "write": every, "read": every})
             async with bench_at(address.replace("guest:guest@", f"{name}:x@")) as theirs:

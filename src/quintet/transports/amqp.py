@@ -12,7 +12,7 @@ import os
 import socket
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, ClassVar, Final, Literal, Self
 
 from msgspec import Struct, structs
@@ -45,6 +45,7 @@ from quintet.wire.amqp_topology import (
     AGAIN,
     EXCHANGE,
     TAILS,
+    Place,
     Publish,
     Queue,
     place_of,
@@ -236,6 +237,7 @@ class Carrier(Transport):
                 continue
             try:
                 await session.lay_for_copies(delay)
+                await session.try_publishing(exchange, key)
                 await session.store(exchange, key, message, delay)
             except Unroutable:
                 if laid or (exchange != DELAYS and key != DEAD):
@@ -246,7 +248,10 @@ class Carrier(Transport):
                 if bare:
                     return False
                 message, bare = _bare(message), True
-            except (CallError, TransportError):
+            except (CallError, TransportError) as error:
+                if isinstance(error, Closed) and pause == AGAIN_FIRST:  # no caller waits for it
+                    said = {"message": _sentence(self.address, key or exchange, error), "exception": error}
+                    asyncio.get_running_loop().call_exception_handler(said)
                 await self.clock.sleep(pause)
                 pause = min(pause * 2, AGAIN_LONGEST)
             else:
@@ -407,7 +412,7 @@ class Carrier(Transport):
             raise TransportError(_sentence(self.address, DEAD, error)) from error
 
     @contextlib.asynccontextmanager
-    async def _alone(self, wire: Wire) -> AsyncIterator[None]:
+    async def _alone(self, wire: Wire) -> AsyncGenerator[None]:
         """Lets one look at the dead letters at a time, as two would each see a part of them: a queue that belongs to
         one connection says who. Raises TransportError where another goes on and on."""
         give_up = self.clock.now() + LETTERS_SECONDS
@@ -565,20 +570,50 @@ class _Publisher(Wire):
             await self.await_replies()
 
     def _broken(self, error: Exception) -> None:
-        """The broker closed what we publish on: over a message, or since an exchange is gone."""
+        """The broker closed what we publish on, over a message or since an exchange is gone: it is opened again in the
+        same place, and all that was known of what we may send to is found out anew."""
+        if self.error is not None:
+            return
         if "configured max size" in str(error):
             with contextlib.suppress(ValueError):
                 self.carrier.largest = int(str(error).rpartition(" ")[2])
-        self.link.drop(Lost(f"the broker closed the AMQP channel to publish on: {error}"))
+        self.forget()
+        self.routes.clear()
+        if self.outlet.error is not None:
+            outlet = self.outlet = self.reopen(self.outlet)
+            self._begin(outlet, outlet.begin())
+        if self.plain.error is not None:
+            self.plain = self.reopen(self.plain)
+            self._begin(self.plain)
+            self._unanswered(error)
+
+    def _begin(self, line: Line, begun: asyncio.Future[Any] | None = None) -> None:
+        """Makes a channel ready that was opened again; one that the broker closes before that takes the connection with
+        it."""
+
+        def stands(_: object) -> None:
+            if line.error is None:
+                line.ended = self._broken
+
+        line.ended = lambda error: self.link.drop(Lost(f"the broker closed the AMQP channel to publish on: {error}"))
+        if self._listens:
+            begun = self._take_replies(line)
+        if begun is None:
+            stands(line)
+        else:
+            begun.add_done_callback(stands)
 
     async def await_replies(self) -> None:
         if self._listens:
             return
         self._listens = True
         for line in (self.plain, self.outlet):  # replies come to the AMQP channel that the request went out on
-            tag = self.tag()
-            self.consumers[tag.encode()] = self._replied
-            await line.call("basic.consume", queue=REPLY_TO, consumer_tag=tag, no_ack=True)
+            await self._take_replies(line)
+
+    def _take_replies(self, line: Line) -> asyncio.Future[Any]:
+        tag = f"quintet.replies.{line.number}"
+        self.consumers[tag.encode()] = self._replied
+        return line.call("basic.consume", queue=REPLY_TO, consumer_tag=tag, no_ack=True)
 
     def _replied(self, content: Content) -> None:
         reply = read(content, _REPLIES, self.clock)
@@ -597,6 +632,13 @@ class _Publisher(Wire):
         return await asyncio.shield(task)
 
     async def _find(self, channel: Channel) -> _Route:
+        waited_for = not channel.durable and not channel.fanout
+        await self.lay_exchange(EXCHANGE)
+        await self._check_rights(channel, "" if waited_for else EXCHANGE)
+        if waited_for:
+            with contextlib.suppress(Closed):  # who may not write to where it is seen sends unseen
+                await self.try_publishing(EXCHANGE, channel.name)
+                await self._hear_of_tails()
         if not channel.fanout:
             place = place_of(channel, "", lasting=self.lasting)
             line = await self.line()
@@ -604,7 +646,7 @@ class _Publisher(Wire):
                 await line.call("queue.declare", queue=place.queue, passive=True)
             except Closed as error:
                 if error.code == 404:
-                    await self.lay(place, channel)
+                    await self._lay_unless_there(place, channel)
                 elif error.code != 403:  # who may not look may still send
                     raise
             else:
@@ -612,9 +654,6 @@ class _Publisher(Wire):
                     await asyncio.gather(*self.bindings(line, place, channel))
             finally:
                 await line.close()
-        waited_for = not channel.durable and not channel.fanout
-        if waited_for:
-            await self._hear_of_tails()
         route = _Route(
             amqp.publishing(self.outlet.number, EXCHANGE, channel.name, mandatory=not channel.fanout),
             amqp.publishing(self.plain.number, "", channel.name, mandatory=True),
@@ -624,6 +663,23 @@ class _Publisher(Wire):
         )
         self.routes[channel] = route
         return route
+
+    async def _lay_unless_there(self, place: Place, channel: Channel) -> None:
+        try:
+            await self.lay(place, channel)
+        except Closed as error:
+            if error.code != 406:  # who serves it was first, with options of its own
+                raise
+
+    async def _check_rights(self, channel: Channel, exchange: str) -> None:
+        """Raises Unavailable, with the right that is missing."""
+        try:
+            await self.try_publishing(exchange, channel.name)
+        except Closed as error:
+            if error.code != 403:
+                raise
+            where = f"{channel.name} at {self.carrier.address}: not sent, {error}"
+            raise Unavailable(f"{where}; give the user the right to write to {exchange or 'amq.default'}") from None
 
     async def _hear_of_tails(self) -> None:
         """From now on requests that somebody watches go where they are seen."""
@@ -725,6 +781,9 @@ class _Publisher(Wire):
 
     def lost(self, error: Exception) -> None:
         super().lost(error)
+        self._unanswered(error)
+
+    def _unanswered(self, error: Exception) -> None:
         asked, self.asked = self.asked, {}
         for correlation, name in asked.items():
             self.carrier.fail(correlation, name, ConnectionLost(f"sent, but not replied to: {error}"))

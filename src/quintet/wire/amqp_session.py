@@ -139,8 +139,8 @@ class Outlet(Line):
         self._unconfirmed: dict[int, tuple[asyncio.Future[None], str]] = {}
         self._unroutable: set[str] = set()  # ids of messages that came back, and are to be confirmed next
 
-    async def begin(self) -> None:
-        await self.call("confirm.select")
+    def begin(self) -> asyncio.Future[Any]:
+        return self.call("confirm.select")
 
     def send(self, data: bytes, id: str) -> asyncio.Future[None]:  # noqa: A002 - the message's
         """Sends a message and gives what is done once the broker has it. That raises Unroutable where it was mandatory,
@@ -231,6 +231,7 @@ class Wire(Session):
         self._tags = 0
         self._unblocked: asyncio.Future[None] | None = None
         self._goodbyes: set[asyncio.Task[None]] = set()  # to channels that nobody waited for
+        self._allowed: set[tuple[str, str]] = set()  # exchanges and routing keys that we may publish to
         self._laid: set[str] = set()  # what is known to stand on the broker
         self._control = Line(self, 0)
         self.lines[0] = self._control
@@ -366,6 +367,27 @@ class Wire(Session):
     def forget(self) -> None:
         """Something of it is gone: all is declared again when it is needed."""
         self._laid.clear()
+        self._allowed.clear()
+
+    async def try_publishing(self, exchange: str, key: str) -> None:
+        """Finds out whether we may, once: on a channel of its own, in a transaction that is rolled back, as RabbitMQ
+        closes the channel on which it refuses a message. Raises Closed."""
+        if (exchange, key) in self._allowed:
+            return
+        line = await self.line()
+        try:
+            selected = line.call("tx.select")
+            line.publish(exchange, key, Message(channel=Channel(key)))
+            await asyncio.gather(selected, line.call("tx.rollback"))
+        finally:
+            await line.close()
+        self._allowed.add((exchange, key))
+
+    def reopen(self, line: L) -> L:
+        """A fresh AMQP channel in the place of one that the broker has closed: what is written next goes over it."""
+        fresh = self.lines[line.number] = type(line)(self, line.number)
+        fresh.call("channel.open")
+        return fresh
 
     # Session
 

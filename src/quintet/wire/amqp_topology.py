@@ -158,7 +158,7 @@ def place_of(channel: Channel, group: str, *, lasting: bool, suffix: str = "") -
         return Place(name + suffix if channel.fanout else name, False, True, True, arguments, {})
     if wish.type == "stream" and not channel.fanout:
         raise ConfigurationError(
-            f"{channel.name}: a stream is for events, as each who reads it handles all that is in it; leave out {wish!r}"
+            f"{channel.name}: a stream is for events, each who reads it handles all that is in it; leave out {wish!r}"
         )
     kind = wish.type or ("quorum" if channel.durable and not wish.max_priority else "classic")
     arguments = {"x-queue-type": kind}
