@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -22,12 +23,15 @@ from running import Broker, Entry
 from quintet import Contract, Policy, Redelivery, Service, connect, current, event, notification, request, serve
 from quintet.connection import Refused
 from quintet.errors import ChannelFull, ConnectionLost, InvalidMessage, TransportError, Unavailable
+from quintet.letters import bury
 from quintet.message import Channel, Message, new_id
 from quintet.replies import Replies
 from quintet.testing import CHECKS, Bench, Check, skips
 from quintet.testing.bench import Receiver
 from quintet.transport import DONE, Again, Dead, Verdict, open_address
+from quintet.transports import amqp
 from quintet.transports.amqp import Carrier, Publish, Queue
+from quintet.wire.amqp_topology import place_of
 
 Brokers = Callable[[str], Entry]
 
@@ -161,9 +165,11 @@ async def test_a_wrong_password_and_a_wrong_virtual_host_are_refused_at_once_wit
     address: str,
 ) -> None:
     begun = time.monotonic()
-    with pytest.raises(Refused, match=r"Login was refused.*PLAIN"):
+    with pytest.raises(Refused, match=r"^amqp://guest:\*\*\*@.*Login was refused.*PLAIN.*; check user and password"):
         await open_address(address.replace("guest:guest@", "guest:wrong@")).open()
-    with pytest.raises(Refused, match="vhost nowhere not found"):
+    with pytest.raises(
+        Refused, match=r"^amqp://.*/nowhere: .*vhost nowhere not found; name a virtual host that is there"
+    ):
         await open_address(f"{address}/nowhere").open()
     assert time.monotonic() - begun < 4
 
@@ -196,8 +202,10 @@ async def test_a_broker_that_takes_no_messages_makes_a_send_wait_until_its_time_
         await asyncio.to_thread(alarm, "0.0000001")
         first = bench.start(carrier.send(bench.message(channel, b"the first finds out")))
         await bench.until(lambda: bool(carrier.native.blocked), lambda: "the broker never said that it is blocked")
+        until = bench.clock.now() + 0.1
         with pytest.raises(Unavailable, match="not sent, the broker takes no messages: low on memory"):
-            await carrier.send(bench.message(channel, b"given up", until=bench.clock.now() + 0.1))
+            await carrier.send(bench.message(channel, b"given up", until=until))
+        assert bench.clock.now() < until, "its sender's own time-out came first, and said that it does not know"
         waiting = bench.start(carrier.send(bench.message(channel, b"waits", until=bench.clock.now() + 30)))
         assert not next(finding for finding in await carrier.examine() if finding.what == "takes messages").well
         await asyncio.to_thread(alarm, "0.8")
@@ -326,6 +334,59 @@ async def test_a_consumer_that_the_broker_cancels_serves_on(address: str) -> Non
         await bench.got(receiver, 1)
 
 
+@pytest.mark.parametrize("keyed", [False, True], ids=["", "keyed"])
+async def test_a_queue_that_is_deleted_and_declared_again_at_once_is_served_again_although_the_broker_says_nothing(
+    address: str, monkeypatch: pytest.MonkeyPatch, keyed: bool
+) -> None:
+    monkeypatch.setattr(amqp, "IDLE", 0.1)
+    async with bench_at(address) as bench:
+        carrier, name, receiver = await opened(bench), bench.name(), Receiver()
+        channel = Channel(name, durable=True, keyed=keyed)
+        serving = await bench.serve(await opened(bench), channel, receiver)
+        await bench.send(carrier, channel, b"1")
+        await bench.got(receiver, 1)
+        place = place_of(channel, "", lasting=True)
+        line = await carrier.native.line()
+        await asyncio.gather(
+            line.call("queue.delete", queue=name),
+            line.call("queue.declare", queue=name, durable=True, arguments=place.arguments),
+        )
+        await line.close()
+        await bench.send(carrier, channel, b"2", b"3")
+        await bench.got(receiver, 3)
+        assert sorted(receiver.bodies) == [b"1", b"2", b"3"]
+        await serving.stop()
+        assert await carrier.native.call("queue.delete", queue=name) == {"message_count": 0}
+
+
+async def test_who_sends_to_a_deleted_queue_gives_its_receivers_the_time_to_hear_of_that(address: str) -> None:
+    async with bench_at(address) as bench:
+        carrier, channel, receiver = await opened(bench), bench.channel(durable=True), Receiver()
+        await bench.serve(carrier, channel, receiver)
+        await bench.serve(await opened(bench), channel, receiver)
+        await bench.send(carrier, channel, b"1")
+        await bench.got(receiver, 1)
+        for number in range(2, 7):
+            await carrier.native.call("queue.delete", queue=channel.name)
+            await bench.send(carrier, channel, b"%d" % number)
+            await bench.got(receiver, number)
+
+
+async def test_a_subscription_that_is_renewed_all_the_time_loses_nothing_and_handles_nothing_twice(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amqp, "IDLE", 0.002)
+    async with bench_at(address) as bench:
+        carrier, channel, receiver = await opened(bench), bench.channel(durable=True), Receiver()
+        serving = await bench.serve(carrier, channel, receiver)
+        for number in range(100):
+            await bench.send(carrier, channel, b"%d" % number)
+        await bench.got(receiver, 100)
+        assert sorted(map(int, receiver.bodies)) == list(range(100))
+        await serving.stop()
+        assert await empty(carrier, channel.name)
+
+
 async def test_an_amqp_channel_that_the_broker_closes_is_opened_again_and_no_other_suffers(address: str) -> None:
     async with bench_at(address) as bench:
         carrier, bad, other = (
@@ -372,6 +433,9 @@ async def test_a_queue_that_is_there_with_other_arguments_is_told_in_one_sentenc
         with pytest.raises(TransportError, match=r"inequivalent arg.*other arguments: delete it, or take it as it is"):
             await carrier.serve(channel, receiver, "")
         await bench.send(carrier, other, b"goes on")
+        unwritable = Channel(bench.name(), durable=True, native=(Queue(arguments={"x-expires": timedelta(1)}),))
+        with pytest.raises(TransportError, match=f"{unwritable.name} at amqp://.* cannot stand in an AMQP table"):
+            await carrier.serve(unwritable, receiver, "")
         taken = Channel(channel.name, durable=True, native=(Queue(declare=False),))
         await carrier.serve(taken, receiver, "")
         await bench.send(await opened(bench), channel, b"1")
@@ -428,6 +492,66 @@ async def test_what_waits_while_its_queue_is_deleted_is_a_dead_letter(address: s
                 await asyncio.sleep(0.05)
         assert (letters[0].reason, letters[0].attempts, letters[0].message.body) == ("its queue is gone", 2, b"1")
         assert await carrier.drop([letters[0].id]) == 1
+
+
+async def bury_many(carrier: Carrier, name: str, count: int) -> list[str]:
+    """Puts so many dead letters of one channel where they belong, and gives their ids."""
+    dead = [
+        bury(Message(channel=Channel(name, durable=True), id=f"{name}-{number}"), "", "broken", carrier.clock)
+        for number in range(count)
+    ]
+    await carrier.store("", "quintet.dead", dead[0], lambda: True)
+    for start in range(1, count, 500):
+        stored = (carrier.store("", "quintet.dead", one, lambda: True) for one in dead[start : start + 500])
+        assert all(await asyncio.gather(*stored))
+    return [f"{name}-{number}@{name}" for number in range(count)]
+
+
+async def test_of_very_many_dead_letters_those_that_are_named_are_dropped_and_the_others_stay(address: str) -> None:
+    async with bench_at(address) as bench:
+        carrier, gone, kept = await opened(bench), bench.name(), bench.name()
+        ids = (
+            await bury_many(carrier, gone, 1000)
+            + await bury_many(carrier, kept, 30)
+            + await bury_many(carrier, gone + "-too", 1000)
+        )
+        dropped = [id_ for id_ in ids if not id_.endswith(f"@{kept}")]
+        assert await carrier.drop(dropped) == 2000
+        assert [len(await carrier.dead(name)) for name in (gone, kept, gone + "-too")] == [0, 30, 0]
+        assert await carrier.drop(ids) == 30
+        assert await carrier.drop(ids) == 0
+
+
+async def test_very_many_dead_letters_are_replayed_each_once(address: str) -> None:
+    async with bench_at(address) as bench:
+        carrier, channel = await opened(bench), bench.channel(durable=True)
+        ids = await bury_many(carrier, channel.name, 1500)
+        await (await carrier.serve(channel, Receiver(), "")).stop()
+        assert await carrier.replay(ids) == 1500
+        assert await carrier.dead(channel.name) == []
+        answer = await carrier.native.call("queue.declare", queue=channel.name, passive=True)
+        assert answer["message_count"] == 1500
+
+
+async def test_two_who_look_at_the_dead_letters_at_the_same_time_both_see_them_all(address: str) -> None:
+    async with bench_at(address) as bench:
+        one, two, channel = await opened(bench), await opened(bench), bench.channel(durable=True)
+        ids = await bury_many(one, channel.name, 200)
+        looks = await asyncio.gather(*(carrier.dead(channel.name) for carrier in (one, two, one, two)))
+        assert [len(look) for look in looks] == [200] * 4
+        drops = await asyncio.gather(one.drop(ids), two.drop(ids))
+        assert sorted(drops) == [0, 200]
+
+
+async def test_who_goes_on_looking_at_the_dead_letters_is_told_to_the_next(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench_at(address) as bench:
+        one, two = await opened(bench), await opened(bench)
+        monkeypatch.setattr(amqp, "LETTERS_SECONDS", 0.1)
+        await one.native.call("queue.declare", queue="quintet.dead.looking", exclusive=True)
+        with pytest.raises(TransportError, match="another looks at the dead letters, try again later"):
+            await two.dead()
 
 
 # What RabbitMQ alone can do
@@ -504,6 +628,45 @@ async def test_a_full_queue_refuses_and_of_a_full_group_the_oldest_is_a_dead_let
         await serving.stop()
 
 
+async def test_a_message_that_the_broker_refuses_disturbs_neither_the_connection_nor_what_is_sent_next(
+    address: str,
+) -> None:
+    async with bench_at(address) as bench:
+        carrier, channel, receiver, asked = (
+            await opened(bench),
+            bench.channel(durable=True),
+            Receiver(),
+            bench.channel(),
+        )
+        replies = Replies(carrier, "test")
+        await replies.open()
+
+        async def answer(message: Message) -> Verdict:
+            reply = Message(channel=Channel(message.reply_to, temporary=True), correlation_id=message.correlation_id)
+            await carrier.send(reply)
+            return DONE
+
+        await bench.serve(carrier, channel, receiver)
+        serving = await bench.serve(carrier, asked, Receiver(hold=True), limit=1)
+        await bench.send(carrier, channel, b"1")
+        before = carrier.native
+        waiting = bench.start(replies.exchange(bench.message(asked, b"1")))
+        await bench.until(lambda: serving.intake.size == 1, lambda: "the request never came")
+        for line in (before.outlet, before.plain):  # as one that is too large, or to an exchange that is gone
+            line.publish("nowhere", "", bench.message(channel, b"refused"))
+        refused = bench.start(carrier.send(bench.message(channel, b"2")))
+        await asyncio.gather(refused, return_exceptions=True)
+        assert isinstance(refused.exception(), ConnectionLost), "it stood behind one that was refused"
+        assert (await waiting).status == "connection-lost", "its reply would have come to a channel that is gone"
+        await bench.send(carrier, channel, b"3")
+        await bench.until(lambda: b"3" in receiver.bodies, lambda: f"only {receiver.bodies} came")
+        await serving.abort()
+        await bench.serve(carrier, asked, answer)
+        assert not (await replies.exchange(bench.message(asked, b"2"))).status
+        assert (carrier.native is before, before.error) == (True, None)
+        await replies.close()
+
+
 async def test_the_native_connection_does_what_amqp_can_and_says_what_the_broker_says(address: str) -> None:
     async with bench_at(address) as bench:
         carrier, name = await opened(bench), bench.name()
@@ -539,6 +702,16 @@ async def test_a_user_with_few_rights_sends_and_is_told_which_right_is_missing(b
                 await bench.got(receiver, 1)
                 with pytest.raises(TransportError, match=r"ACCESS_REFUSED .*give the user the right"):
                     await carrier.serve(bench.channel(durable=True), Receiver(), "")
+            management(broker, "PUT", f"permissions/%2F/{name}", rights | {"write": "^$"})
+            async with bench_at(address.replace("guest:guest@", f"{name}:x@")) as theirs:
+                carrier, request_ = await opened(theirs), bench.channel()
+                await bench.serve(await opened(bench), request_, Receiver())
+                before, told = carrier.native, list[str]()
+                carrier.tell = lambda kind, subject, reason="": told.append(kind)
+                for refused, exchange in ((channel, "quintet"), (request_, "amq.default")) * 2:
+                    with pytest.raises(Unavailable, match=f"not sent, ACCESS_REFUSED.*right to write to {exchange}$"):
+                        await carrier.send(theirs.message(refused, b"2"))
+                assert (carrier.native is before, before.error, told) == (True, None, [])
             every = r"^(quintet|check\.|amq\.default$)"
             management(broker, "PUT", f"permissions/%2F/{name}", {"configure": every, "write": every, "read": every})
             async with bench_at(address.replace("guest:guest@", f"{name}:x@")) as theirs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,15 @@ from typing import Any
 import pytest
 
 from quintet.connection import Lost, Refused
-from quintet.errors import AddressError, ConfigurationError, ConnectionLost, Overloaded, ProtocolError, TransportError
+from quintet.errors import (
+    AddressError,
+    ConfigurationError,
+    ConnectionLost,
+    InvalidMessage,
+    Overloaded,
+    ProtocolError,
+    TransportError,
+)
 from quintet.message import Channel, Message
 from quintet.testing import FakeClock
 from quintet.transport import open_address
@@ -38,6 +47,7 @@ class Broker:
             "channel.open": ("channel.open-ok", {}),
             "channel.close": ("channel.close-ok", {}),
             "confirm.select": ("confirm.select-ok", {}),
+            "basic.qos": ("basic.qos-ok", {}),
         }
         self.start = {"server_properties": {"version": "3.10.8"}, "mechanisms": b"PLAIN AMQPLAIN"}
 
@@ -70,7 +80,7 @@ class Broker:
 
 def wire_at(broker: Broker, beat: int = 10, *, external: bool = False) -> Wire:
     options: dict[str, Any] = {"name": "test", "vhost": "/", "beat": beat, "external": external}
-    wire = broker.session = Wire(broker, FakeClock(), "guest", "guest", **options)  # type: ignore[arg-type]
+    wire = broker.session = Wire(broker, FakeClock(), "amqp://there", "guest", "guest", **options)  # type: ignore[arg-type]
     return wire
 
 
@@ -104,7 +114,7 @@ async def test_a_broker_that_names_no_limits_gets_ours_and_no_heart_beat_is_none
 
 
 async def test_a_broker_without_our_way_to_log_in_is_refused() -> None:
-    with pytest.raises(Refused, match="does not know EXTERNAL, only PLAIN AMQPLAIN"):
+    with pytest.raises(Refused, match=r"^amqp://there: .*does not know EXTERNAL, only PLAIN AMQPLAIN; change"):
         await wire_at(Broker(), external=True).greet()
 
 
@@ -114,7 +124,7 @@ async def test_a_password_that_the_broker_refuses_is_told_with_its_words() -> No
         "connection.close",
         {"reply_code": 403, "reply_text": "ACCESS_REFUSED - no"},
     )
-    with pytest.raises(Refused, match="ACCESS_REFUSED - no"):
+    with pytest.raises(Refused, match=r"^amqp://there: ACCESS_REFUSED - no; check user and password"):
         await wire_at(broker).greet()
 
 
@@ -151,6 +161,42 @@ async def test_answers_come_in_the_order_of_what_was_asked_also_where_the_asker_
     broker.say(line.number, "queue.declare-ok", queue="a")
     broker.say(line.number, "queue.declare-ok", queue="b")
     assert (await second).fields["queue"] == "b"
+
+
+async def test_what_cannot_be_written_is_refused_and_the_next_gets_its_own_answer() -> None:
+    broker = Broker()
+    wire = await greeted(broker)
+    line = await wire.line()
+    for wrong in (
+        {"queue": "q" * 300},
+        {"queue": "\udcff"},
+        {"arguments": {"x-expires": datetime.timedelta(seconds=5)}},
+        {"arguments": {"x-factor": float("nan")}},
+    ):
+        with pytest.raises(InvalidMessage):
+            line.call("queue.declare", **wrong)
+    with pytest.raises(TypeError):
+        line.call("queue.declare", nonsense=True)
+    asked = line.call("queue.declare", queue="a")
+    broker.say(line.number, "queue.declare-ok", queue="a")
+    assert (await asked).fields["queue"] == "a"
+    await line.close()
+
+
+async def test_a_channel_whose_opening_or_closing_nobody_waits_for_gives_its_number_back() -> None:
+    broker = Broker()
+    wire = await greeted(broker)
+    opening = asyncio.ensure_future(wire.line())
+    await asyncio.sleep(0)
+    opening.cancel()
+    line = await wire.line()
+    closing = asyncio.ensure_future(line.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    await line.close()
+    await wire.call("basic.qos")  # answered after all that
+    assert list(wire.lines) == [0]
+    assert [method.name for method in broker.asked].count("channel.close") == 3, "each once"
 
 
 async def test_an_answer_that_nobody_asked_for_is_no_amqp() -> None:
@@ -282,7 +328,7 @@ def test_what_lasts_is_in_quorum_queues_and_the_rest_goes_when_it_is_unused() ->
     [
         (Queue(max_priority=5), {"x-queue-type": "classic", "x-max-priority": 5}),
         (Queue(exclusive=True), {"x-queue-type": "quorum", "x-single-active-consumer": True}),
-        (Queue(max_length=7), {"x-max-length": 7, "x-overflow": "reject-publish"}),
+        (Queue(max_length=7), {"x-max-length": 7, "x-overflow": "drop-head"}),
         (Queue(max_bytes=7, overflow="drop-head"), {"x-max-length-bytes": 7, "x-overflow": "drop-head"}),
         (Queue(message_ttl=1.5), {"x-message-ttl": 1500}),
         (Queue(consumer_timeout=7200), {"x-consumer-timeout": 7_200_000}),
@@ -292,13 +338,23 @@ def test_what_lasts_is_in_quorum_queues_and_the_rest_goes_when_it_is_unused() ->
     ids=repr,
 )
 def test_an_option_is_an_argument_of_the_queue(option: Queue, arguments: dict[str, Any]) -> None:
-    found = place_of(Channel("a", durable=True, native=(option,)), "", lasting=False).arguments
+    found = place_of(Channel("a", fanout=True, durable=True, native=(option,)), "g", lasting=False).arguments
     assert {name: found.get(name) for name in arguments} == arguments
+
+
+def test_a_full_queue_of_one_receiver_refuses_what_comes() -> None:
+    full = place_of(Channel("a", durable=True, native=(Queue(max_length=7),)), "", lasting=False)
+    assert full.arguments["x-overflow"] == "reject-publish"
+
+
+def test_a_stream_is_refused_where_each_message_is_for_one_receiver() -> None:
+    with pytest.raises(ConfigurationError, match="trips: a stream is for events"):
+        place_of(Channel("trips", durable=True, native=(Queue(type="stream"),)), "", lasting=False)
 
 
 def test_options_of_consumers_are_arguments_of_theirs() -> None:
     native = (Queue(type="stream", stream_offset="first", consumer_priority=3),)
-    place = place_of(Channel("a", durable=True, native=native), "", lasting=False)
+    place = place_of(Channel("a", fanout=True, durable=True, native=native), "g", lasting=False)
     assert place.consumer == {"x-priority": 3, "x-stream-offset": "first"}
 
 

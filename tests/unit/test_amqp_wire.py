@@ -291,7 +291,7 @@ VALUES = st.recursive(
     st.none()
     | st.booleans()
     | st.integers(-(2**63), 2**63 - 1)
-    | st.floats(allow_nan=False)
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
     | st.binary(max_size=30)
     | st.datetimes(datetime.datetime(1970, 1, 2), datetime.datetime(9000, 1, 1)).map(
@@ -364,6 +364,22 @@ def test_a_deadline_travels_as_wall_clock_time() -> None:
     deadline = SYSTEM.now() + 30
     got = message_of(Message(channel=CHANNEL), deadline=SYSTEM.to_wall(deadline))
     assert got.deadline == pytest.approx(deadline, abs=0.1)
+
+
+@pytest.mark.parametrize("endless", [float("nan"), float("inf"), float("-inf"), "nan", "-inf", "1e999"])
+def test_a_deadline_that_is_no_time_is_passed_over(endless: float | str) -> None:
+    foreign = commands.Basic.Properties(headers={"quintet-deadline": endless})
+    (event,) = Parser().feed(begin() + frame.marshal(header.ContentHeader(0, 0, foreign), 1))
+    assert isinstance(event, Content)
+    assert read(event, CHANNEL, SYSTEM).deadline is None
+
+
+@pytest.mark.parametrize("endless", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_erlang_cannot_read_is_never_written(endless: float) -> None:
+    message = Message(channel=CHANNEL)
+    assert properties(message, durable=True, deadline=endless) == properties(message, durable=True)
+    with pytest.raises(InvalidMessage, match="cannot stand in an AMQP table"):
+        amqp.table({"x": endless})
 
 
 def test_deliveries_that_broke_off_count_as_attempts() -> None:

@@ -12,13 +12,13 @@ import os
 import socket
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, ClassVar, Final, Literal, Self
 
 from msgspec import Struct, structs
 
 from quintet.clock import SYSTEM, Clock
-from quintet.connection import TLS_OPTIONS, Connection, Link, Lost, Refused, credentials
+from quintet.connection import SAYS_BEFORE, TLS_OPTIONS, Connection, Link, Lost, Refused, credentials
 from quintet.errors import (
     PROBLEM_MEDIA_TYPE,
     AddressError,
@@ -45,6 +45,7 @@ from quintet.wire.amqp_topology import (
     AGAIN,
     EXCHANGE,
     TAILS,
+    Place,
     Publish,
     Queue,
     place_of,
@@ -66,10 +67,14 @@ CLOSING_SECONDS = 2.0  # for an answer, when something is closed
 AGAIN_FIRST, AGAIN_LONGEST = 0.05, 1.0  # seconds until something that the broker refused is tried once more
 ASKED_KEPT = 10_000  # requests whose loss is told to who waits for the reply; older ones have long timed out
 ROUTES_KEPT = 1000  # of those who wait for replies
+NOTICED = 0.1  # until a queue that was deleted is declared again: who consumed it must have heard of it by then
+IDLE = 30.0  # seconds without a delivery after which a consumer of a quorum queue subscribes anew
 TAIL_SECONDS = 2.0  # between two times that a tail says it is there
 TAIL_KEPT = 10_000  # messages that a tail may lag behind; the oldest go first
-LETTERS_SECONDS = 2.0  # of silence after which no more dead letters are waited for
-LETTERS_SHOWN = 10_000
+LETTERS_SECONDS = 15.0  # that one who looks at the dead letters waits for another who does
+LETTERS_SHOWN = 10_000  # dead letters at a time
+LOOKING: Final = f"{DEAD}.looking"
+"""The queue whose owner looks at the dead letters."""
 
 
 class Carrier(Transport):
@@ -94,6 +99,7 @@ class Carrier(Transport):
         self._publishing: Connection[_Publisher] = self._connection(self._publisher)
         self._consuming: Connection[_Consumer] | None = None
         self._opening = asyncio.Lock()
+        self._looking = asyncio.Lock()  # at the dead letters
         self._away = 0  # connections that are lost
         self._open = False
         self.largest = BODY_MAX
@@ -150,6 +156,7 @@ class Carrier(Transport):
                 await session.publish(message, route, reply_to)
             except Unroutable:  # its queue was deleted, and the message is nowhere
                 session.routes.pop(channel, None)
+                await self.clock.sleep(NOTICED)
                 session, route = await self._route(message)
                 await session.publish(message, route, reply_to)
         except Unroutable:
@@ -181,13 +188,13 @@ class Carrier(Transport):
     # sending
 
     async def _writable(self, message: Message) -> _Publisher:
-        """The session, once there is one that takes messages. Raises Unavailable at the message's `until`."""
+        """The session, once there is one that takes messages. Raises Unavailable just before the message's `until`, as
+        its sender's own time-out could only say that it does not know."""
         until = message.until if message.until is not None else message.deadline
         while True:
             session = await self._publishing.ready(until)
-            limit = asyncio.timeout(None if until is None else until - self.clock.now())
             try:
-                async with limit:
+                async with asyncio.timeout(None if until is None else until - SAYS_BEFORE - self.clock.now()):
                     if session.blocked:
                         await session.unblocked()
                     if session.link.full:
@@ -230,6 +237,7 @@ class Carrier(Transport):
                 continue
             try:
                 await session.lay_for_copies(delay)
+                await session.try_publishing(exchange, key)
                 await session.store(exchange, key, message, delay)
             except Unroutable:
                 if laid or (exchange != DELAYS and key != DEAD):
@@ -240,7 +248,10 @@ class Carrier(Transport):
                 if bare:
                     return False
                 message, bare = _bare(message), True
-            except (CallError, TransportError):
+            except (CallError, TransportError) as error:
+                if isinstance(error, Closed) and pause == AGAIN_FIRST:  # no caller waits for it
+                    said = {"message": _sentence(self.address, key or exchange, error), "exception": error}
+                    asyncio.get_running_loop().call_exception_handler(said)
                 await self.clock.sleep(pause)
                 pause = min(pause * 2, AGAIN_LONGEST)
             else:
@@ -270,6 +281,7 @@ class Carrier(Transport):
     def _options(self, what: str) -> dict[str, Any]:
         user, password = credentials(self.address, "guest", "guest")
         return {
+            "address": str(self.address),
             "user": user,
             "password": password,
             "name": f"Quintet {what}, process {os.getpid()} on {socket.gethostname()}",
@@ -329,6 +341,7 @@ class Carrier(Transport):
     # Letters
 
     async def dead(self, channel: str | None = None) -> Sequence[DeadLetter]:
+        """The first LETTERS_SHOWN of them."""
         found: list[DeadLetter] = []
 
         async def look(content: Content) -> bool:
@@ -337,17 +350,16 @@ class Carrier(Transport):
                 found.append(one)
             return False
 
-        await self._letters(LETTERS_SHOWN, look)
+        await self._letters(look, lambda seen: seen == LETTERS_SHOWN)
         return sorted(found, key=lambda one: one.died_at)
 
     async def replay(self, ids: Sequence[str]) -> int:
         async def again(content: Content) -> bool:
+            give_up = self.clock.now() + WITHIN
             message, group = revive(read_dead(content, self.clock))
             name = message.channel.name
             queue = f"{name}@{group}" if message.channel.fanout else name
             return await self.store("", queue, message, lambda: self.clock.now() < give_up)
-
-        give_up = self.clock.now() + WITHIN * 2
 
         return await self._take(ids, again)
 
@@ -358,47 +370,76 @@ class Carrier(Transport):
         return await self._take(ids, nothing)
 
     async def _take(self, ids: Iterable[str], act: Callable[[Content], Awaitable[bool]]) -> int:
-        """Takes those dead letters out of their queue on which `act` succeeds."""
-        wanted = set(ids)
+        """Takes those dead letters out of their queue on which `act` succeeds, and returns how many those were."""
+        wanted, taken = set(ids), 0
 
         async def look(content: Content) -> bool:
-            return letter(read_dead(content, self.clock)).id in wanted and await act(content)
+            nonlocal taken
+            id_ = letter(read_dead(content, self.clock)).id
+            if id_ not in wanted or not await act(content):
+                return False
+            wanted.discard(id_)
+            taken += 1
+            return True
 
-        return await self._letters(0, look)
+        await self._letters(look, lambda _: not wanted)
+        return taken
 
-    async def _letters(self, most: int, take: Callable[[Content], Awaitable[bool]]) -> int:
-        """Shows all dead letters to `take`, or the first so many, and returns how many it took: the others stay."""
+    async def _letters(self, take: Callable[[Content], Awaitable[bool]], enough: Callable[[int], bool]) -> None:
+        """Shows each dead letter to `take`, until there are no more or `enough`, which is asked with how many were
+        seen; deletes those that it took, and puts the others back."""
         wire = await (await self.consuming()).ready(self.clock.now() + WITHIN)
-        await wire.lay_dead()
-        line, tag = await wire.line(), wire.tag()
-        arrived: asyncio.Queue[Content] = asyncio.Queue()
-        left = taken = 0
         try:
-            there = await _waiting(line)
-            await line.call("basic.qos", prefetch_count=most)
-            wire.consumers[tag.encode()] = arrived.put_nowait
-            await line.call("basic.consume", queue=DEAD, consumer_tag=tag)
-            for _ in range(min(there, most or there)):
-                async with asyncio.timeout(LETTERS_SECONDS):
-                    content = await arrived.get()
-                if await take(content):
-                    wire.link.write(settle(line.number, content.tag))
-                    taken += 1
-                else:
-                    left += 1
-        except TimeoutError:
-            pass  # another looks at them at this moment
+            await wire.lay_dead()
+            async with self._looking, self._alone(wire):
+                line, seen, left = await wire.line(), 0, 0
+                try:
+                    # One by one: each answer proves that the acknowledgement before it was carried out, where a burst
+                    # of them with the channel's end behind it is forgotten in part.
+                    while isinstance(content := await line.call("basic.get", queue=DEAD), Content):
+                        if enough(seen):
+                            left += 1
+                            break
+                        seen += 1
+                        if await take(content):
+                            line.tell("basic.ack", delivery_tag=content.tag)
+                        else:
+                            left += 1
+                finally:
+                    await line.close()
+                await self._settled(wire, left)
         except Closed as error:
             raise TransportError(_sentence(self.address, DEAD, error)) from error
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, wire: Wire) -> AsyncGenerator[None]:
+        """Lets one look at the dead letters at a time, as two would each see a part of them: a queue that belongs to
+        one connection says who. Raises TransportError where another goes on and on."""
+        give_up = self.clock.now() + LETTERS_SECONDS
+        while True:
+            try:
+                await wire.call("queue.declare", queue=LOOKING, exclusive=True, arguments={"x-queue-type": "classic"})
+                break
+            except Closed as error:
+                if error.code == 403:  # who may look, and not declare
+                    yield
+                    return
+                if error.code != 405:
+                    raise
+                if self.clock.now() >= give_up:
+                    raise TransportError(
+                        f"{self.address}: another looks at the dead letters, try again later"
+                    ) from None
+            await self.clock.sleep(AGAIN_FIRST)
+        try:
+            yield
         finally:
-            await line.close()
-            wire.consumers.pop(tag.encode(), None)
-        await self._settled(wire, left)
-        return taken
+            with contextlib.suppress(TransportError):
+                await wire.call("queue.delete", queue=LOOKING)
 
     async def _settled(self, wire: Wire, count: int) -> None:
         """Waits until so many dead letters are back in their queue, for whoever looks next."""
-        give_up = self.clock.now() + LETTERS_SECONDS
+        give_up = self.clock.now() + WITHIN
         line = await wire.line()
         while await _waiting(line) < count and self.clock.now() < give_up:
             await self.clock.sleep(0.005)
@@ -529,20 +570,50 @@ class _Publisher(Wire):
             await self.await_replies()
 
     def _broken(self, error: Exception) -> None:
-        """The broker closed what we publish on: over a message, or since an exchange is gone."""
+        """The broker closed what we publish on, over a message or since an exchange is gone: it is opened again in the
+        same place, and all that was known of what we may send to is found out anew."""
+        if self.error is not None:
+            return
         if "configured max size" in str(error):
             with contextlib.suppress(ValueError):
                 self.carrier.largest = int(str(error).rpartition(" ")[2])
-        self.link.drop(Lost(f"the broker closed the AMQP channel to publish on: {error}"))
+        self.forget()
+        self.routes.clear()
+        if self.outlet.error is not None:
+            outlet = self.outlet = self.reopen(self.outlet)
+            self._begin(outlet, outlet.begin())
+        if self.plain.error is not None:
+            self.plain = self.reopen(self.plain)
+            self._begin(self.plain)
+            self._unanswered(error)
+
+    def _begin(self, line: Line, begun: asyncio.Future[Any] | None = None) -> None:
+        """Makes a channel ready that was opened again; one that the broker closes before that takes the connection with
+        it."""
+
+        def stands(_: object) -> None:
+            if line.error is None:
+                line.ended = self._broken
+
+        line.ended = lambda error: self.link.drop(Lost(f"the broker closed the AMQP channel to publish on: {error}"))
+        if self._listens:
+            begun = self._take_replies(line)
+        if begun is None:
+            stands(line)
+        else:
+            begun.add_done_callback(stands)
 
     async def await_replies(self) -> None:
         if self._listens:
             return
         self._listens = True
         for line in (self.plain, self.outlet):  # replies come to the AMQP channel that the request went out on
-            tag = self.tag()
-            self.consumers[tag.encode()] = self._replied
-            await line.call("basic.consume", queue=REPLY_TO, consumer_tag=tag, no_ack=True)
+            await self._take_replies(line)
+
+    def _take_replies(self, line: Line) -> asyncio.Future[Any]:
+        tag = f"quintet.replies.{line.number}"
+        self.consumers[tag.encode()] = self._replied
+        return line.call("basic.consume", queue=REPLY_TO, consumer_tag=tag, no_ack=True)
 
     def _replied(self, content: Content) -> None:
         reply = read(content, _REPLIES, self.clock)
@@ -561,6 +632,13 @@ class _Publisher(Wire):
         return await asyncio.shield(task)
 
     async def _find(self, channel: Channel) -> _Route:
+        waited_for = not channel.durable and not channel.fanout
+        await self.lay_exchange(EXCHANGE)
+        await self._check_rights(channel, "" if waited_for else EXCHANGE)
+        if waited_for:
+            with contextlib.suppress(Closed):  # who may not write to where it is seen sends unseen
+                await self.try_publishing(EXCHANGE, channel.name)
+                await self._hear_of_tails()
         if not channel.fanout:
             place = place_of(channel, "", lasting=self.lasting)
             line = await self.line()
@@ -568,7 +646,7 @@ class _Publisher(Wire):
                 await line.call("queue.declare", queue=place.queue, passive=True)
             except Closed as error:
                 if error.code == 404:
-                    await self.lay(place, channel)
+                    await self._lay_unless_there(place, channel)
                 elif error.code != 403:  # who may not look may still send
                     raise
             else:
@@ -576,9 +654,6 @@ class _Publisher(Wire):
                     await asyncio.gather(*self.bindings(line, place, channel))
             finally:
                 await line.close()
-        waited_for = not channel.durable and not channel.fanout
-        if waited_for:
-            await self._hear_of_tails()
         route = _Route(
             amqp.publishing(self.outlet.number, EXCHANGE, channel.name, mandatory=not channel.fanout),
             amqp.publishing(self.plain.number, "", channel.name, mandatory=True),
@@ -588,6 +663,23 @@ class _Publisher(Wire):
         )
         self.routes[channel] = route
         return route
+
+    async def _lay_unless_there(self, place: Place, channel: Channel) -> None:
+        try:
+            await self.lay(place, channel)
+        except Closed as error:
+            if error.code != 406:  # who serves it was first, with options of its own
+                raise
+
+    async def _check_rights(self, channel: Channel, exchange: str) -> None:
+        """Raises Unavailable, with the right that is missing."""
+        try:
+            await self.try_publishing(exchange, channel.name)
+        except Closed as error:
+            if error.code != 403:
+                raise
+            where = f"{channel.name} at {self.carrier.address}: not sent, {error}"
+            raise Unavailable(f"{where}; give the user the right to write to {exchange or 'amq.default'}") from None
 
     async def _hear_of_tails(self) -> None:
         """From now on requests that somebody watches go where they are seen."""
@@ -689,6 +781,9 @@ class _Publisher(Wire):
 
     def lost(self, error: Exception) -> None:
         super().lost(error)
+        self._unanswered(error)
+
+    def _unanswered(self, error: Exception) -> None:
         asked, self.asked = self.asked, {}
         for correlation, name in asked.items():
             self.carrier.fail(correlation, name, ConnectionLost(f"sent, but not replied to: {error}"))
@@ -746,6 +841,11 @@ class _Subscription:
     @property
     def lost(self) -> bool:
         return self.line.error is not None
+
+    @property
+    def settled(self) -> int:
+        """A number that grows with each delivery that is settled."""
+        return self._low + len(self._ahead)
 
     def done(self, tag: int) -> None:
         done = self._done
@@ -860,13 +960,14 @@ class _Held(ABC):
             self.subscription = None
         return wire.loop.create_task(line.close())
 
-    def resume(self, wire: Wire) -> None:
+    def resume(self, wire: Wire, after: float = 0.0) -> None:
         if self._resuming is not None:
             self._resuming.cancel()
-        self._resuming = wire.loop.create_task(self._resume(wire))
+        self._resuming = wire.loop.create_task(self._resume(wire, after))
 
-    async def _resume(self, wire: Wire) -> None:
+    async def _resume(self, wire: Wire, after: float) -> None:
         """Subscribes again, as often as it takes: a queue whose leader is being elected, a right that is missing."""
+        await self.carrier.clock.sleep(after)
         pause = AGAIN_FIRST
         while wire.error is None:
             try:
@@ -896,7 +997,7 @@ class _Held(ABC):
         """The queue was deleted, or has moved."""
         self._drop(wire, subscription)
         self.gone(subscription)
-        self.resume(wire)
+        self.resume(wire, NOTICED)
 
 
 class _Serving(_Held):
@@ -910,6 +1011,7 @@ class _Serving(_Held):
         self._queue = ""
         self._prefetch = limit * PREFETCH_KEYED if channel.keyed else limit
         self._parked = False  # what has not begun goes back when the AMQP channel is closed
+        self._renewing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<serving {self.channel.name} as {self.group or 'its one receiver'}: {self.intake!r}>"
@@ -926,6 +1028,39 @@ class _Serving(_Held):
             await self.consume(wire, place.queue, self._take, self._prefetch, arguments=place.consumer)
         except Closed as error:
             raise TransportError(_sentence(self.carrier.address, place.queue, error)) from error
+        except InvalidMessage as error:
+            raise TransportError(f"{place.queue} at {self.carrier.address} cannot be served: {error}") from None
+        if self._renewing is None and place.arguments.get("x-queue-type") == "quorum":
+            self._renewing = wire.loop.create_task(self._renew(place.consumer))
+
+    def release(self) -> None:
+        super().release()
+        if self._renewing is not None:
+            self._renewing.cancel()
+
+    async def _renew(self, arguments: dict[str, Any]) -> None:
+        """Subscribes anew whenever nothing has come for long. RabbitMQ says nothing to a consumer whose quorum queue is
+        deleted and at once declared again: it counts it as one of the new queue's, and never brings it anything."""
+        while True:
+            subscription, resuming = self.subscription, self._resuming
+            settled = subscription.settled if subscription is not None else 0
+            await self.carrier.clock.sleep(IDLE)
+            if subscription is None or subscription is not self.subscription or subscription.lost:
+                continue
+            if resuming is not None and not resuming.done():
+                continue
+            if self.intake.size or subscription.settled != settled:
+                continue
+            line, tag = subscription.line, subscription.tag
+            with contextlib.suppress(TransportError):  # then it is subscribed again in any case
+                await line.call("basic.cancel", consumer_tag=tag)
+                if (
+                    self.intake.size or subscription.settled != settled
+                ):  # it lives, and must not lose what has just come
+                    await line.call("basic.consume", queue=self._queue, consumer_tag=tag, arguments=arguments)
+                elif subscription is self.subscription:
+                    self._drop(line.session, subscription)
+                    self.resume(line.session)
 
     def gone(self, subscription: _Subscription) -> None:
         self.intake.forget(lambda content: content.origin is subscription)

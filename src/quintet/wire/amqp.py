@@ -7,6 +7,7 @@ a Message looks in them is in `amqp_message.py`.
 from __future__ import annotations
 
 import datetime
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
@@ -373,7 +374,7 @@ def method(channel: int, name: str, **fields: Any) -> bytes:
                 out += table(value or {})
             else:
                 out += NUMERIC[kind].pack(value or 0)
-        except (struct.error, AttributeError) as error:
+        except (struct.error, AttributeError, UnicodeEncodeError) as error:
             raise InvalidMessage(f"{name}: {argument}={value!r} does not fit: {error}") from None
     if fields:
         raise TypeError(f"{name} has no argument {', '.join(sorted(fields))}")
@@ -464,7 +465,7 @@ def _field(value: Any) -> bytes:
             return b"t\x01" if value else b"t\x00"
         if kind is int:
             return b"I" + _INT.pack(value) if -(2**31) <= value < 2**31 else b"l" + _LONG.pack(value)
-        if kind is float:
+        if kind is float and math.isfinite(value):  # over any other the broker closes the connection
             return b"d" + _DOUBLE.pack(value)
         if value is None:
             return b"V"

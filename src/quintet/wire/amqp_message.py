@@ -22,6 +22,7 @@ import datetime
 import json
 import struct
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any, Final, TypeAlias
 
 from quintet.clock import Clock
@@ -206,7 +207,7 @@ def properties(
         entries += _ENTRY["status"] + long(message.status.encode())
     if message.attempt != 1:
         entries += _ATTEMPT + _INT.pack(min(message.attempt, 2**31 - 1))
-    if deadline is not None:
+    if deadline is not None and isfinite(deadline):  # over any other the broker closes the connection
         entries += _DEADLINE + _DOUBLE.pack(deadline)
     if delay:
         entries += short(DELAY) + b"I" + _INT.pack(delay)
@@ -320,7 +321,8 @@ def _take(message: Message, field: str, value: Any, clock: Clock) -> None:
     """A header of ours, as any client may have written it."""
     try:
         if field == "deadline":
-            message.deadline = clock.from_wall(float(value))
+            if isfinite(wall := float(value)):  # nan and inf are no time, and could not be written into a copy
+                message.deadline = clock.from_wall(wall)
         elif field == "attempt":
             message.attempt = max(1, int(value))
         elif field in _TEXTS:

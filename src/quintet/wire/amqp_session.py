@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import platform
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -19,7 +20,12 @@ from quintet.wire.amqp_message import DELAYS, properties, properties_of
 from quintet.wire.amqp_topology import AGAIN, DEAD_QUEUE, EXCHANGE, EXCHANGES, Place, delay_queue
 from quintet.wire.names import DEAD
 
-REFUSALS: Final = frozenset({402, 403, 530})  # of a connection: wrong virtual host, password or right
+REFUSALS: Final = {
+    402: "name a virtual host behind the host, as in amqp://host/vhost",
+    403: "check user and password, in the address or in QUINTET_AMQP_USER and QUINTET_AMQP_PASSWORD",
+    530: "name a virtual host that is there, and that the user has rights on",
+}
+"""Reply codes of a connection that is not to be tried again as it is, and what to do."""
 CHANNELS_LEAST: Final = 64
 
 
@@ -47,6 +53,7 @@ class Line:
         self.cancelled: Callable[[str], None] = _ignore
         """Called with the tag of a consumer that the broker has cancelled: its queue is gone."""
         self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._closing: asyncio.Future[Any] | None = None
 
     def __repr__(self) -> str:
         return f"<AMQP channel {self.number}{f', closed: {self.error}' if self.error else ''}>"
@@ -54,15 +61,16 @@ class Line:
     def call(self, name: str, **fields: Any) -> asyncio.Future[Any]:
         """Sends a method that has an answer, and gives the answer: a Method, or the Content of basic.get.
 
-        Several may be sent before the first is answered. Raises Closed or Lost.
+        Several may be sent before the first is answered. Raises TypeError or InvalidMessage where the method cannot be
+        written; what it gives raises Closed or Lost.
         """
-        future = self.expect()
+        data = amqp.method(self.number, name, **fields)  # before an answer is awaited: what raises here is not asked
         if self.error is not None:
-            self._waiting.pop()
+            future: asyncio.Future[Any] = self.session.loop.create_future()
             future.set_exception(self.error)
-        else:
-            self.session.link.write(amqp.method(self.number, name, **fields))
-        return future
+            return future
+        self.session.link.write(data)
+        return self.expect()
 
     def tell(self, name: str, **fields: Any) -> None:
         """Sends a method that has no answer."""
@@ -84,13 +92,15 @@ class Line:
         return future
 
     async def close(self) -> None:
-        """Closes it; what is not acknowledged goes back to its queue."""
-        if self.error is None:
-            try:
-                await self.call("channel.close", reply_code=200)
-            except TransportError:
-                return
-            self.end(Lost("it was closed"))
+        """Closes it; what is not acknowledged goes back to its queue. Also when called twice; its number is free once
+        the broker has answered, whether anyone waits for that or not."""
+        if self.error is not None:
+            return
+        if self._closing is None:
+            self._closing = self.call("channel.close", reply_code=200)
+            self._closing.add_done_callback(lambda _: self.end(Lost("it was closed")))
+        with contextlib.suppress(TransportError):
+            await asyncio.shield(self._closing)
 
     # called by the session
 
@@ -129,8 +139,8 @@ class Outlet(Line):
         self._unconfirmed: dict[int, tuple[asyncio.Future[None], str]] = {}
         self._unroutable: set[str] = set()  # ids of messages that came back, and are to be confirmed next
 
-    async def begin(self) -> None:
-        await self.call("confirm.select")
+    def begin(self) -> asyncio.Future[Any]:
+        return self.call("confirm.select")
 
     def send(self, data: bytes, id: str) -> asyncio.Future[None]:  # noqa: A002 - the message's
         """Sends a message and gives what is done once the broker has it. That raises Unroutable where it was mandatory,
@@ -188,7 +198,17 @@ class Wire(Session):
     """A session with a broker. `call` does anything of AMQP that there is no other way to."""
 
     def __init__(
-        self, link: Link, clock: Clock, user: str, password: str, *, name: str, vhost: str, beat: int, external: bool
+        self,
+        link: Link,
+        clock: Clock,
+        address: str,
+        user: str,
+        password: str,
+        *,
+        name: str,
+        vhost: str,
+        beat: int,
+        external: bool,
     ) -> None:
         super().__init__(link)
         self.clock = clock
@@ -203,12 +223,15 @@ class Wire(Session):
         self.consumers: dict[bytes, Callable[[Content], None]] = {}
         """What takes the deliveries of each consumer, by its tag."""
         self.error: Exception | None = None
+        self._address = address
         self._user, self._password, self._name, self._vhost, self._external = user, password, name, vhost, external
         self._parser = Parser()
         self._channel_max = CHANNELS_LEAST
         self._latest = 0  # of the numbers of lines
         self._tags = 0
         self._unblocked: asyncio.Future[None] | None = None
+        self._goodbyes: set[asyncio.Task[None]] = set()  # to channels that nobody waited for
+        self._allowed: set[tuple[str, str]] = set()  # exchanges and routing keys that we may publish to
         self._laid: set[str] = set()  # what is known to stand on the broker
         self._control = Line(self, 0)
         self.lines[0] = self._control
@@ -230,7 +253,12 @@ class Wire(Session):
         number = self._number()
         line = kind(self, number)
         self.lines[number] = line
-        await line.call("channel.open")
+        try:
+            await line.call("channel.open")
+        except BaseException:
+            self._goodbyes.add(closing := self.loop.create_task(line.close()))
+            closing.add_done_callback(self._goodbyes.discard)
+            raise
         return line
 
     async def call(self, name: str, **fields: Any) -> dict[str, Any]:
@@ -339,6 +367,27 @@ class Wire(Session):
     def forget(self) -> None:
         """Something of it is gone: all is declared again when it is needed."""
         self._laid.clear()
+        self._allowed.clear()
+
+    async def try_publishing(self, exchange: str, key: str) -> None:
+        """Finds out whether we may, once: on a channel of its own, in a transaction that is rolled back, as RabbitMQ
+        closes the channel on which it refuses a message. Raises Closed."""
+        if (exchange, key) in self._allowed:
+            return
+        line = await self.line()
+        try:
+            selected = line.call("tx.select")
+            line.publish(exchange, key, Message(channel=Channel(key)))
+            await asyncio.gather(selected, line.call("tx.rollback"))
+        finally:
+            await line.close()
+        self._allowed.add((exchange, key))
+
+    def reopen(self, line: L) -> L:
+        """A fresh AMQP channel in the place of one that the broker has closed: what is written next goes over it."""
+        fresh = self.lines[line.number] = type(line)(self, line.number)
+        fresh.call("channel.open")
+        return fresh
 
     # Session
 
@@ -351,7 +400,8 @@ class Wire(Session):
         self.server = start.fields["server_properties"]
         mechanism = "EXTERNAL" if self._external else "PLAIN"
         if mechanism.encode() not in start.fields["mechanisms"].split():
-            raise Refused(f"the broker does not know {mechanism}, only {start.fields['mechanisms'].decode()}")
+            known = start.fields["mechanisms"].decode()
+            raise self._refused(f"the broker does not know {mechanism}, only {known}", "change ?auth=")
         tune: Method = await control.call(
             "connection.start-ok",
             client_properties={
@@ -366,10 +416,10 @@ class Wire(Session):
             locale="en_US",
         )
         if tune.name != "connection.tune":
-            raise Refused(f"the broker asks for more than a password: {tune.name}")
+            raise self._refused(f"the broker asks for more than a password: {tune.name}", "take ?auth=external")
         self.frame_max = min(tune.fields["frame_max"] or amqp.FRAME_MAX, amqp.FRAME_MAX)
         if self.frame_max < amqp.FRAME_LEAST:
-            raise Refused(f"the broker allows frames of {self.frame_max} bytes, {amqp.FRAME_LEAST} are the least")
+            raise self._refused(f"the broker allows frames of {self.frame_max} bytes", f"allow {amqp.FRAME_LEAST}")
         self._parser.frame_max = self.frame_max
         self._channel_max = tune.fields["channel_max"] or 65535
         agreed = {"channel_max": self._channel_max, "frame_max": self.frame_max, "heartbeat": self.heartbeat}
@@ -415,7 +465,8 @@ class Wire(Session):
         elif name == "connection.close":
             line.tell("connection.close-ok")
             code, text = fields["reply_code"], fields["reply_text"]
-            self.link.drop(Refused(text) if code in REFUSALS else Lost(f"the broker closed the connection: {text}"))
+            closed = Lost(f"the broker closed the connection: {text}")
+            self.link.drop(self._refused(text, REFUSALS[code]) if code in REFUSALS else closed)
         elif name == "connection.blocked":
             self._block(fields["reason"] or "it is short of memory or disk")
         elif name == "connection.unblocked":
@@ -433,6 +484,9 @@ class Wire(Session):
         await self._control.call("connection.close", reply_code=200, reply_text="goodbye")
 
     # inside
+
+    def _refused(self, why: str, advice: str) -> Refused:
+        return Refused(f"{self._address}: {why}; {advice}")
 
     def _number(self) -> int:
         for _ in range(self._channel_max):

@@ -148,13 +148,18 @@ def place_of(channel: Channel, group: str, *, lasting: bool, suffix: str = "") -
     """The queue of a channel, or of a group of it.
 
     `lasting`: the broker (RabbitMQ 4) wants queues that are shared to be durable, whatever is in them. `suffix`: makes
-    the name of a temporary group's queue its session's own, as the one of a lost session may still be there.
+    the name of a temporary group's queue its session's own, as the one of a lost session may still be there. Raises
+    ConfigurationError for an option that the channel cannot have.
     """
     wish = native_of(channel.native, Queue, USUAL)
     name = f"{channel.name}@{group}" if channel.fanout else channel.name
     if channel.temporary:
         arguments: dict[str, Any] = {"x-queue-type": "classic"}
         return Place(name + suffix if channel.fanout else name, False, True, True, arguments, {})
+    if wish.type == "stream" and not channel.fanout:
+        raise ConfigurationError(
+            f"{channel.name}: a stream is for events, each who reads it handles all that is in it; leave out {wish!r}"
+        )
     kind = wish.type or ("quorum" if channel.durable and not wish.max_priority else "classic")
     arguments = {"x-queue-type": kind}
     durable = lasting or channel.durable or kind != "classic"
