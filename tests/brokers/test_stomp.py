@@ -186,7 +186,7 @@ async def test_headers_that_the_broker_would_hang_up_over_are_refused_and_others
 
 
 @pytest.mark.parametrize(
-    "headers", [{"selector": "v" * 10_230, "note": "short"}, {"a" * 40: "v" * 11, **{f"n{n}": "" for n in range(985)}}]
+    "headers", [{"quintet-id": "i" * 10_220}, {f"n{number}": "" for number in range(996)}], ids=["long", "many"]
 )
 async def test_what_fails_with_headers_that_are_as_long_as_they_may_be_comes_again_and_is_a_dead_letter(
     headers: dict[str, str], broker: Brokers
