@@ -15,6 +15,8 @@ from running import Entry
 
 from quintet import Contract, Redelivery, Service, connect, current, event, notification, request, serve
 from quintet.connection import Refused
+from quintet.errors import InvalidMessage
+from quintet.letters import bury
 from quintet.message import Channel, Message, new_id
 from quintet.testing import CHECKS, Bench, Check, skips
 from quintet.testing.bench import Receiver
@@ -139,6 +141,69 @@ async def until_letters(carrier: Carrier, channel: str, count: int) -> list[Any]
         while len(found := list(await carrier.dead(channel))) < count:
             await asyncio.sleep(0.02)
     return found
+
+
+# What a broker takes
+
+
+LONG = {
+    "activemq": [
+        ({"note": "v" * 20_000}, "its header 'note' takes 20005 bytes, and may take 10240"),
+        ({"note": ":" * 6000}, "its header 'note' takes 12005 bytes, and may take 10240"),
+        ({f"h{number}": "" for number in range(1000)}, "headers, and may have 990"),
+        ({f"h{number}": "v" * 9000 for number in range(8)}, "its headers take .* bytes, and may take 60000"),
+        ({"": "v"}, "a header cannot be named ''"),
+    ],
+    "rabbitmq": [
+        ({"note": "v" * 70_000}, "its header 'note' takes 70005 bytes, and may take 60000"),
+        ({f"h{number}": "v" * 9000 for number in range(8)}, "its headers take .* bytes, and may take 60000"),
+        ({"CC": "other"}, "a header cannot be named 'CC': RabbitMQ sends copies by it; take another name"),
+        ({"BCC": "other"}, "a header cannot be named 'BCC'"),
+    ],
+}
+"""Headers that a broker hangs up over, or that nobody could read."""
+
+
+@each_broker
+async def test_headers_that_the_broker_would_hang_up_over_are_refused_and_others_are_not_disturbed(
+    dialect: str, broker: Brokers
+) -> None:
+    async with bench_at(ADDRESSES[dialect](broker)) as bench:
+        here, channel, receiver = await bench.open(), bench.channel(durable=True), Receiver()
+        assert isinstance(here, Carrier)
+        await bench.serve(here, channel, receiver)
+        native = here.native
+        for headers, sentence in LONG[dialect]:
+            with pytest.raises(InvalidMessage, match=sentence):
+                await here.send(bench.message(channel, b"bad", headers=headers))
+        with pytest.raises(InvalidMessage, match=r"takes 700\d\d bytes"):
+            await here.send(bench.message(channel, b"bad", key="k" * 70_000))
+        most = {"note": "v" * 10_000, **{f"h{number}": "v" * 40 for number in range(900)}}
+        await here.send(bench.message(channel, b"good", headers=most))
+        (got,) = await bench.got(receiver, 1)
+        assert got.headers == most
+        assert here.native is native
+
+
+@pytest.mark.parametrize(
+    "headers", [{"quintet-id": "i" * 10_220}, {f"n{number}": "" for number in range(996)}], ids=["long", "many"]
+)
+async def test_what_fails_with_headers_that_are_as_long_as_they_may_be_comes_again_and_is_a_dead_letter(
+    headers: dict[str, str], broker: Brokers
+) -> None:
+    address = ADDRESSES["activemq"](broker)
+    async with bench_at(address) as bench:
+        here, channel = await bench.open(), bench.channel(durable=True)
+        assert isinstance(here, Carrier)
+        receiver = Receiver(Again(0.0), Again(0.05), Dead("hopeless"))
+        await bench.serve(here, channel, receiver)
+        where = {"destination": f"/queue/{channel.name}", "persistent": "true"}
+        await here.native.request("SEND", where | headers, b"1")
+        (letter,) = await until_letters(here, channel.name, 1)
+        assert [message.attempt for message in receiver.messages] == [1, 2, 3]
+        assert (letter.message.body, letter.reason, letter.attempts) == (b"1", "hopeless", 3)
+        assert await here.replay([letter.id]) == 1
+        await bench.got(receiver, 4)
 
 
 # Foreign clients
@@ -296,6 +361,19 @@ async def test_all_dead_letters_are_seen_however_many_there_are(dialect: str, br
         dropped = await here.drop([letter.id for letter in letters])
         assert dropped == many - 1
         assert await here.dead(channel.name) == []
+
+
+@each_broker
+async def test_dead_letters_that_nobody_looked_at_yet_are_all_seen_at_once(dialect: str, broker: Brokers) -> None:
+    many = 2000  # ActiveMQ brings some hundreds, and then none until something happens
+    async with bench_at(ADDRESSES[dialect](broker)) as bench:
+        writer, reader, channel = await bench.open(), await bench.open(), bench.channel(durable=True)
+        assert isinstance(reader, Carrier)
+        fresh = [bury(bench.message(channel), "", "hopeless", writer.clock) for _ in range(many)]
+        await asyncio.gather(*(writer.send(letter) for letter in fresh))
+        letters = await reader.dead(channel.name)
+        assert len(letters) == many
+        assert await reader.drop([letter.id for letter in letters]) == many
 
 
 @each_broker

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from quintet.clock import SYSTEM
-from quintet.errors import TransportError, Unavailable
+from quintet.errors import InvalidMessage, TransportError, Unavailable
 from quintet.message import Channel, Message
 from quintet.transport import parse_address
 from quintet.transports.nsq.discovery import Nsqds
-from quintet.transports.nsq.publishing import Publisher
+from quintet.transports.nsq.publishing import ACCEPTED_BYTES, Publisher
 from quintet.wire import nsq
 
 BODY = nsq.pack(Message(channel=Channel("work"), id="m-1", body=b"accepted"))
@@ -22,7 +22,8 @@ BODY = nsq.pack(Message(channel=Channel("work"), id="m-1", body=b"accepted"))
 class Link:
     """A socket that lags behind, and breaks."""
 
-    full = True
+    def __init__(self) -> None:
+        self.full = False
 
     async def room(self) -> None:
         raise ConnectionResetError("by peer")
@@ -50,6 +51,9 @@ class Line:
     def __init__(self, session: Session) -> None:
         self.session = session
 
+    async def close(self) -> None:
+        """Nothing is open."""
+
     async def ready(self, until: float | None) -> Session:
         return self.session
 
@@ -65,7 +69,7 @@ async def connected(publisher: Any) -> Session:
 def nsqds() -> Any:
     found: Any = Nsqds(parse_address("nsq://127.0.0.1"), SYSTEM, lambda *_: None)
 
-    async def setting(*_: object) -> int:
+    async def setting(*_: object, **__: object) -> int:
         raise TransportError("no HTTP")
 
     found.setting = setting
@@ -122,6 +126,46 @@ async def test_an_nsqd_that_lived_on_is_sent_nothing_twice(nsqds: Any) -> None:
 async def test_a_socket_that_breaks_while_one_waits_for_room_is_said_to_be_not_sent(nsqds: Any) -> None:
     publisher: Any = Publisher(nsqds)
     session = await connected(publisher)
+    session.link.full = True
     with pytest.raises(Unavailable, match="not sent: by peer"):
         await publisher.send(Message(channel=Channel("work", durable=True), body=b"waits"))
+    assert session.published == []
+
+
+async def test_a_message_that_is_larger_than_all_that_is_kept_is_accepted_and_kept_alone(nsqds: Any) -> None:
+    publisher: Any = Publisher(nsqds)
+    first = await connected(publisher)
+    publisher._largest = ACCEPTED_BYTES * 2
+    large = Message(channel=Channel("work", durable=True), id="m-2", body=bytes(ACCEPTED_BYTES))
+    await publisher.put("work", "work", BODY)
+    await publisher.send(large)
+    publisher.gone(first)
+    second = await connected(publisher)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert second.published == [nsq.repeat(nsq.pack(large))]
+
+
+async def test_a_topic_that_cannot_be_made_in_time_is_said_to_be_not_sent(nsqds: Any) -> None:
+    publisher: Any = Publisher(nsqds)
+    session = await connected(publisher)
+
+    async def prepare(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    publisher._prepare = prepare
+    message = Message(channel=Channel("new"), until=SYSTEM.now() + 0.05)
+    with pytest.raises(Unavailable, match="not sent: topic new could not be made in time"):
+        async with asyncio.timeout(5):
+            await publisher.send(message)
+    assert session.published == []
+    await publisher.close()
+
+
+@pytest.mark.parametrize("fields", [{"headers": {"a": "\ud800"}}, {"key": "\ud800"}, {"id": "\ud800"}], ids=str)
+async def test_what_is_no_text_is_refused_with_a_sentence(fields: dict[str, Any], nsqds: Any) -> None:
+    publisher: Any = Publisher(nsqds)
+    session = await connected(publisher)
+    with pytest.raises(InvalidMessage, match="work: a header cannot be written as UTF-8"):
+        await publisher.send(Message(channel=Channel("work"), **fields))
     assert session.published == []

@@ -388,6 +388,39 @@ async def test_1_0_refuses_a_header_that_it_cannot_write_and_buries_what_has_one
             assert buried.headers["quintet-dead-reason"] == "two lines"
 
 
+@pytest.mark.parametrize("verdict", [Again(0.0), Dead("hopeless")], ids=repr)
+@pytest.mark.parametrize("server", ["ActiveMQ/5.17.2", "RabbitMQ/3.10.8"])
+async def test_the_copy_of_what_has_too_long_headers_is_written_without_them(server: str, verdict: Verdict) -> None:
+    async def receive(message: Message) -> Verdict:
+        return verdict
+
+    async with standing() as broker:
+        broker.greeting["server"] = server
+        async with connected(broker) as carrier:
+            await carrier.serve(WORK, receive, "")
+            long = {"quintet-id": "i" * 30_000, "quintet-key": ":" * 70_000, "note": "v" * 70_000, "short": "kept"}
+            broker.deliver(long | {f"n{number}": "v" * 9000 for number in range(9)})
+            await broker.got("ACK")
+            (copy,) = broker.sent("SEND")
+        assert copy.headers["short"] == "kept"
+        assert "note" not in copy.headers
+        assert copy.headers["quintet-id"] == "i" * 1500
+        assert len(encode("1.2", "SEND", copy.headers)) < 60_500
+
+
+async def test_a_dead_letter_of_a_temporary_channel_is_written_however_long_its_headers_are() -> None:
+    async def receive(message: Message) -> Verdict:
+        return Dead("hopeless")
+
+    async with standing() as broker, connected(broker) as carrier:
+        await carrier.serve(Channel("screen", fanout=True, temporary=True), receive, "group")
+        broker.deliver({"note": "v" * 20_000, "short": "kept"})
+        await broker.got("ACK")
+        (letter,) = broker.sent("SEND")
+        assert (letter.headers["short"], letter.headers["quintet-dead-reason"]) == ("kept", "hopeless")
+        assert "note" not in letter.headers
+
+
 async def test_a_silent_broker_is_given_up_and_another_connection_made() -> None:
     told: list[tuple[str, str]] = []
     async with standing() as broker:
@@ -644,7 +677,8 @@ async def test_a_subscription_that_is_refused_is_told_and_leaves_nothing_behind(
 
     async with standing() as broker, connected(broker) as carrier:
         broker.answer = lambda frame: error(frame, "no such thing") if frame.command == "SUBSCRIBE" else None
-        with pytest.raises(TransportError, match="no such thing"):
+        sentence = rf"^stomp://127\.0\.0\.1:{broker.port}: the broker does not let us receive work: no such thing$"
+        with pytest.raises(TransportError, match=sentence):
             await carrier.serve(WORK, receive, "")
         broker.answer = lambda frame: None
         for connection in broker.connections:
@@ -652,6 +686,40 @@ async def test_a_subscription_that_is_refused_is_told_and_leaves_nothing_behind(
         await broker.got("CONNECT", 4)
         await carrier.send(Message(channel=WORK))
         assert len(broker.sent("SUBSCRIBE")) == 1
+
+
+async def test_a_subscription_that_is_refused_after_a_reconnect_keeps_no_other_from_being_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("quintet.wire.stomp_session.REFUSED_PAUSE", 0.01)
+    told: list[str] = []
+
+    async def receive(message: Message) -> Verdict:
+        return DONE
+
+    async with standing() as broker, connected(broker) as carrier:
+        await carrier.serve(WORK, receive, "")
+        await carrier.serve(Channel("other"), receive, "")
+        carrier.tell = lambda kind, subject, reason="": told.append(f"{kind}: {reason}")
+        broker.answer = lambda frame: (
+            error(frame, "no such thing")
+            if frame.command == "SUBSCRIBE" and frame.headers["destination"] == "/queue/work"
+            else None
+        )
+        broker.connections[1].transport.abort()
+        await broker.got("SUBSCRIBE", 5)  # it is tried again and again
+        assert broker.connections[-1].subscribed[:2] == ["1", "2"]
+        broker.deliver({"subscription": "2", "ack": "served"})
+        (ack,) = await broker.got("ACK")
+        assert ack.headers["id"] == "served"
+        assert not carrier.connected
+        assert "broker-lost: the broker does not let us receive work: no such thing" in told
+        broker.answer = lambda frame: None
+        async with asyncio.timeout(5):
+            while not carrier.connected:
+                await asyncio.sleep(0.001)
+        broker.deliver({"subscription": "1"})
+        await broker.got("ACK", 2)
 
 
 async def test_options_of_a_subscription_reach_the_broker() -> None:

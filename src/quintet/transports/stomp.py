@@ -64,6 +64,7 @@ BEGUN_KEPT = 1000  # ids of deliveries that are remembered, to know those that a
 LETTERS_READ = 10_000  # dead letters that are looked at, the oldest
 LETTERS_SECONDS = 10.0  # that another process may keep us from looking
 LETTERS_PAUSE = 0.05  # seconds until it is tried again
+LETTERS_NUDGE = 0.05  # seconds without another letter until the broker is nudged to bring more
 SHORTEST_WAIT = 0.02  # seconds of delay that are not worth a queue of their own
 
 _SUBSCRIPTION, _PUBLISH = Subscription(), Publish()
@@ -187,14 +188,13 @@ class _Serving:
             if not outcome.cancelled() and isinstance(outcome.exception(), Refusal):
                 self._later(REFUSED_PAUSE, lambda: self._settle(session, copy, ack, alone))
 
-        settling = session.together(*copy, ack=ack, alone=alone)
+        settling = session.together(*copy, ack=ack, alone=alone, copy=True)
         settling.add_done_callback(settled)
         return settling
 
     def _copy(self, session: Session, copy: Message, more: dict[str, str]) -> Copy:
         way = session.way(self.channel, self.group)
-        headers = self.carrier.headers(copy, session, way) | more
-        return way, session.fit(headers), copy.body
+        return way, self.carrier.headers(copy, session, way) | more, copy.body
 
     def _lost(self, session: Session) -> None:
         if not self._temporary:
@@ -261,11 +261,11 @@ class _Serving:
         if self._temporary or session is None:
             copy.headers[GONE] = "yes"
             with contextlib.suppress(CallError):
-                await self.carrier.send(copy)
+                await self.carrier.send(copy, copy=True)
                 self.done(delivery)
             return
         way = session.way(DEAD_LETTERS)
-        headers = session.fit(self.carrier.headers(copy, session, way))
+        headers = self.carrier.headers(copy, session, way)
         with contextlib.suppress(TransportError, Unwritten):
             await self._settle(session, (way, headers, copy.body), session.ack(delivery.headers))
 
@@ -327,7 +327,7 @@ class Carrier(Transport):
         self._in: _Line | None = None
         self._opening = asyncio.Lock()
         self._lines: list[_Line] = [self._out]
-        self._away: set[_Line] = set()
+        self._away: set[_Line | _Serving] = set()
         self._servings: list[_Serving] = []
         self._replies: dict[str, str] = {}
         self._numbers = itertools.count(1)
@@ -384,7 +384,8 @@ class Carrier(Transport):
 
     # Sending
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: Message, *, copy: bool = False) -> None:
+        """`copy`: of a delivery, whose headers are cut where the broker would not take them."""
         connection = self._out.connection
         while True:
             session = connection.session
@@ -398,7 +399,7 @@ class Carrier(Transport):
                 if way.temporary or (message.reply_to and not way.durable):
                     session.send(way, headers, message.body)  # whoever waits for a reply needs no receipt beside it
                     return None
-                confirmed = session.together(way, headers, message.body)
+                confirmed = session.together(way, headers, message.body, copy=copy)
             except (TransportError, OSError):
                 continue  # the socket broke: on the next connection there is room
             except ValueError as error:
@@ -449,14 +450,17 @@ class Carrier(Transport):
             line = await self._line(dialect)
             subscribed = Subscribed(number, headers | dict(options.headers))
         serving = _Serving(self, line, subscribed, channel, receive, group if channel.fanout else "", limit)
+        subscribed.refused = partial(self.refused, serving)
         self._servings.append(serving)
         try:
             await line.subscribe(subscribed)
-        except BaseException:
+        except BaseException as error:
             await serving.abort()
             self.ended(serving)
             if line.alone:
                 await line.close()
+            if isinstance(error, Refusal):
+                raise TransportError(f"{self.address}: {_refused(channel, error)}") from error
             raise
         return serving
 
@@ -484,6 +488,7 @@ class Carrier(Transport):
     def ended(self, serving: _Serving) -> None:
         if serving in self._servings:
             self._servings.remove(serving)
+        self.told(serving, "broker-back", str(self.address))
         self._replies.pop(serving.channel.name, None)
 
     def closed(self, line: _Line) -> None:
@@ -491,13 +496,27 @@ class Carrier(Transport):
             self._lines.remove(line)
         self.told(line, "broker-back", str(self.address))  # what is not wanted any more is not missed
 
-    def told(self, line: _Line, kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None:
+    def refused(self, serving: _Serving, refusal: Refusal | None) -> None:
+        """The broker is back, and will not let us receive a channel; None: now it does."""
+        if refusal is None:
+            self.told(serving, "broker-back", str(self.address))
+        else:
+            self._away.add(serving)
+            self.tell("broker-lost", str(self.address), _refused(serving.channel, refusal))
+
+    def told(
+        self,
+        who: _Line | _Serving,
+        kind: Literal["broker-lost", "broker-back"],
+        subject: str,
+        reason: object = "",
+    ) -> None:
         """Tells of the broker, not of each connection."""
         before = bool(self._away)
         if kind == "broker-lost":
-            self._away.add(line)
+            self._away.add(who)
         else:
-            self._away.discard(line)
+            self._away.discard(who)
         if bool(self._away) != before:
             self.tell(kind, subject, reason)
 
@@ -526,8 +545,8 @@ class Carrier(Transport):
         revived, group = revive(message)
         revived.channel = structs.replace(revived.channel, keyed=bool(revived.key))
         way = session.way(revived.channel, group)
-        headers = session.fit(self.headers(revived, session, way))
-        return session.together(way, headers, revived.body, ack=session.ack(frame.headers))
+        headers = self.headers(revived, session, way)
+        return session.together(way, headers, revived.body, ack=session.ack(frame.headers), copy=True)
 
     async def drop(self, ids: Sequence[str]) -> int:
         wanted, count = set(ids), 0
@@ -583,7 +602,6 @@ class _Letters:
         self.session: Session
 
     async def open(self) -> None:
-        carrier = self._line.carrier
         dialect = (await self._line.connection.ready(None)).dialect
         headers = {"destination": destination(dialect, DEAD_LETTERS), "ack": "client-individual"}
         headers |= {dialect.prefetch: str(LETTERS_READ), **dialect.exclusive}
@@ -592,21 +610,21 @@ class _Letters:
         subscribed.lost = lambda _: self._came.put_nowait(None)
         await self._line.subscribe(subscribed)
         assert subscribed.session is not None  # noqa: S101
-        session = self.session = subscribed.session
+        self.session = subscribed.session
+        self._send_mark()
+
+    def _send_mark(self) -> None:
+        carrier, session = self._line.carrier, self.session
         mark = Message(channel=Channel(DEAD), headers={}, deadline=carrier.clock.now() + LETTERS_SECONDS)
         way = session.way(mark.channel)
         session.send(way, carrier.headers(mark, session, way) | {MARK: self._mark}, b"")
 
     async def next(self) -> Frame | None:
         """The next one; None behind the last. Raises TransportError."""
-        address = self._line.carrier.address
         while self._left:
-            try:
-                async with asyncio.timeout(LETTERS_SECONDS):
-                    frame = await self._came.get()
-            except TimeoutError:
-                raise TransportError(f"{address}: another process holds the dead letters; try again later") from None
+            frame = await self._next_frame()
             if frame is None:
+                address = self._line.carrier.address
                 raise TransportError(f"{address}: the connection broke while the dead letters were read; try again")
             mark = frame.headers.get(MARK)
             if mark is None:
@@ -617,8 +635,27 @@ class _Letters:
                 break
         return None
 
+    async def _next_frame(self) -> Frame | None:
+        """What comes next. Of many letters ActiveMQ brings 200, and then none until something happens on the queue:
+        so the mark is sent again."""
+        carrier = self._line.carrier
+        give_up = carrier.clock.now() + LETTERS_SECONDS
+        while carrier.clock.now() < give_up:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LETTERS_NUDGE):
+                    return await self._came.get()
+            if self._left < LETTERS_READ:
+                self._send_mark()
+        if self._left == LETTERS_READ:
+            raise TransportError(f"{carrier.address}: another process holds the dead letters; try again later")
+        raise TransportError(f"{carrier.address}: the broker brings no more of its dead letters; try again later")
+
     def read(self, frame: Frame) -> Message:
         return message_of(frame.headers, frame.body, DEAD_LETTERS, self._line.carrier.clock)
+
+
+def _refused(channel: Channel, refusal: Refusal) -> str:
+    return f"the broker does not let us receive {channel.name}: {refusal}"
 
 
 def _failure(error: QuintetError, message: Message) -> CallError:

@@ -233,7 +233,7 @@ class NSQ(Session):
         except ConnectionLost:
             raise
         except CallError as error:
-            raise Refused(f"nsqd at {self.host[0]}:{self.host[1]} refuses: {error}") from error
+            raise Refused(f"{self.host[0]}:{self.host[1]}: {error}") from error
 
     def _insist(self, offered: bool, what: str, instead: str) -> None:
         if not offered:

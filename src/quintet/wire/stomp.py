@@ -24,7 +24,7 @@ COMMANDS: Final = frozenset(
 GREETINGS: Final = frozenset({"CONNECT", "STOMP", "CONNECTED"})  # never escaped: 1.0 must be able to read them
 WITH_BODY: Final = frozenset({"SEND", "MESSAGE", "ERROR"})
 
-MAX_HEAD: Final = 1 << 16
+MAX_HEAD: Final = 1 << 20
 """Bytes that the command and the headers of a frame may have."""
 MAX_BODY: Final = 1 << 28
 """Bytes that a body may have, unless a parser is told otherwise."""

@@ -32,7 +32,7 @@ from msgspec.structs import force_setattr
 from quintet.clock import Clock
 from quintet.errors import ConfigurationError
 from quintet.message import Channel, Message, Native
-from quintet.wire.names import ATTEMPT, DEAD, DEADLINE, FIELDS, MEDIA_TYPE
+from quintet.wire.names import ATTEMPT, DEAD, DEADLINE, FIELDS, MEDIA_TYPE, PREFIX
 
 CRASHED: Final = "quintet-crashed"
 """How often receivers of a message went away in the midst of it: written by the one that gets it then."""
@@ -63,6 +63,13 @@ _BROKERS: Final = frozenset(
 )
 TAKEN: Final = _OWN | _STOMPS | _BROKERS
 """Names that mean something to STOMP, to a broker or to us: no header of a user's is written under one of them."""
+
+SHORT_HEAD: Final = 2500
+"""Bytes of a head that is within every limit, also that on the number of headers."""
+LONGEST_HEAD: Final = 60_000
+"""Bytes of all that stands before a message's body. Brokers add to it, and who receives it reads only so much."""
+_CUT = 1500  # bytes that are kept of a header of ours where a copy is over a limit: with all of them it is within it
+_LINES = 10  # that come to a message's headers: where it goes, its length, what its channel has it say
 
 _WAITS: Final = [step * 10**power for power in range(6) for step in (10, 15, 20, 30, 50, 70)] + [10_000_000]
 """Milliseconds that the queues of delayed messages hold theirs: a queue for each, so there are not too many."""
@@ -114,6 +121,12 @@ class Dialect(Struct, frozen=True, kw_only=True):
     selectors: bool
     scheduler: bool
     """It may be able to delay a message; else it waits in a queue of its own, until its time to live is over."""
+    refused: Mapping[str, str]
+    """Names that no header may have, for each the reason."""
+    longest_header: int = LONGEST_HEAD
+    """Bytes of one header as it is written,"""
+    most_headers: int = LONGEST_HEAD
+    """and how many there may be: over a message with more it hangs up."""
 
     def in_path(self, name: str) -> str:
         """A name as part of a destination."""
@@ -149,6 +162,9 @@ DIALECTS: Final = {
             unsubscribe_returns=True,
             selectors=True,
             scheduler=True,
+            refused={"": "ActiveMQ hangs up over it"},
+            longest_header=10 << 10,
+            most_headers=990,  # of its 1000, as receipt, transaction and the like come to it
         ),
         Dialect(
             name="rabbitmq",
@@ -169,6 +185,7 @@ DIALECTS: Final = {
             unsubscribe_returns=False,
             selectors=False,
             scheduler=False,
+            refused=dict.fromkeys(("CC", "BCC"), "RabbitMQ sends copies by it"),
         ),
     )
 }
@@ -292,6 +309,51 @@ def _number(text: str) -> float:
     except ValueError:
         return 0.0
     return number if abs(number) < 1e15 else 0.0
+
+
+# What a broker takes
+
+
+def check(dialect: Dialect, headers: Mapping[str, str], head: bytes) -> None:
+    """Raises ValueError for a message that the broker would hang up over, or that whoever receives it could not read.
+    `head`: its headers as they are written."""
+    for name in dialect.refused:
+        if name in headers:
+            raise ValueError(f"a header cannot be named {name!r}: {dialect.refused[name]}; take another name")
+    lines = head.split(b"\n")
+    longest = max(lines, key=len)
+    if len(longest) > dialect.longest_header:
+        name = longest.partition(b":")[0][:40].decode(errors="ignore")
+        raise ValueError(
+            f"its header {name!r} takes {len(longest)} bytes, and may take {dialect.longest_header}: say less in it"
+        )
+    if len(lines) > dialect.most_headers:
+        raise ValueError(f"it has {len(lines)} headers, and may have {dialect.most_headers}")
+    if len(head) > LONGEST_HEAD:
+        raise ValueError(f"its headers take {len(head)} bytes, and may take {LONGEST_HEAD}: say less in them")
+
+
+def cut(dialect: Dialect, headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers of a copy that must be taken, though `check` refused it: ours are cut, and a user's left out that
+    are long, or one too many."""
+    kept: dict[str, str] = {}
+    for name, value in headers.items():
+        if name in TAKEN or (name.startswith(PREFIX) and not name.startswith(USERS)):
+            kept[name] = value.encode(errors="replace")[:_CUT].decode(errors="ignore")
+    most = min(dialect.longest_header, LONGEST_HEAD) // 2  # escaped it may be twice as long
+    room = LONGEST_HEAD // 2 - _CUT - sum(map(_size, kept.items()))
+    for header in headers.items():
+        name, value = header
+        if name in kept or name in dialect.refused or len(kept) > dialect.most_headers - _LINES:
+            continue
+        if (size := _size(header)) <= min(most, room):
+            kept[name] = value
+            room -= size
+    return kept
+
+
+def _size(header: tuple[str, str]) -> int:
+    return sum(len(part.encode(errors="replace")) + 1 for part in header)
 
 
 # What only STOMP can do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,12 +18,13 @@ from quintet.errors import QuintetError, TransportError
 from quintet.message import Channel, native_of
 from quintet.transport import Address
 from quintet.wire.stomp import BEAT, VERSIONS, Frame, Parser, agree_beats, encode, encode_rest, escape, header_lines
-from quintet.wire.stomp_message import DIALECTS, Dialect, Publish, destination, waiting_room
+from quintet.wire.stomp_message import DIALECTS, SHORT_HEAD, Dialect, Publish, check, cut, destination, waiting_room
 
 SILENT_BEATS = 2.0  # heart-beats that may be missing until the broker is taken for gone
 COMMITS: Final = 2  # transactions under way at once: what comes meanwhile goes into the next one together
 TOGETHER, TOGETHER_BYTES = 256, 1 << 20  # messages and bytes of one transaction
 WAYS_KEPT = 4096
+REFUSED_PAUSE = 1.0  # seconds until a subscription is tried again that the broker refused after a reconnect
 PROBE_SECONDS = 5.0  # in which a scheduler that there is delivers a message
 DELAY: Final = "AMQ_SCHEDULED_DELAY"
 
@@ -80,6 +82,7 @@ class Subscribed:
         self.session: Session | None = None
         self.heard: Callable[[Session, Frame], None] = _nothing
         self.lost: Callable[[Session], None] = _nothing
+        self.refused: Callable[[Refusal | None], None] = _nothing  # when it is repeated; None: it was taken
 
 
 class Session(BrokerSession):
@@ -109,6 +112,7 @@ class Session(BrokerSession):
         self._reason: Refusal | None = None  # that the broker gave when it hung up
         self._answered = True
         self._gone: Exception | None = None  # why it is over
+        self._repeating: dict[str, asyncio.Task[None]] = {}  # subscriptions that were refused
 
     def __repr__(self) -> str:
         return f"<session with {self.server or 'a broker'}, STOMP {self.version or '?'}>"
@@ -151,7 +155,7 @@ class Session(BrokerSession):
             self.link.expect(max(self.beats[1], heartbeat) * SILENT_BEATS)
             self._ask_later()
         for subscribed in list(self._subscribed.values()):
-            await self.subscribe(subscribed)
+            await self._repeat(subscribed)
 
     def _recognize(self) -> Dialect:
         """Whose STOMP it is. Raises Refused where nobody knows."""
@@ -217,6 +221,8 @@ class Session(BrokerSession):
         self._gone = error
         if self._asking is not None:
             self._asking.cancel()
+        for task in self._repeating.values():
+            task.cancel()
         if not self._greeted.done():
             self._greeted.cancel()
         receipts, self._receipts = self._receipts, {}
@@ -235,6 +241,26 @@ class Session(BrokerSession):
 
     async def farewell(self) -> None:
         await self.request("DISCONNECT", {})
+
+    async def _repeat(self, subscribed: Subscribed) -> None:
+        """Subscribes as on the connection before. What is refused is tried again later, and keeps no other from being
+        served."""
+        try:
+            await self.subscribe(subscribed)
+        except Refusal as refusal:
+            if self.dialect.hangs_up:
+                raise
+            subscribed.session = None
+            subscribed.refused(refusal)
+            self._repeating[subscribed.id] = self._loop.create_task(self._repeat_later(subscribed))
+        else:
+            subscribed.refused(None)
+
+    async def _repeat_later(self, subscribed: Subscribed) -> None:
+        await self._clock.sleep(REFUSED_PAUSE)
+        if self._subscribed.get(subscribed.id) is subscribed:
+            with contextlib.suppress(TransportError):  # the connection is lost: the next one repeats it
+                await self._repeat(subscribed)
 
     # what the carrier calls
 
@@ -261,7 +287,15 @@ class Session(BrokerSession):
 
     def send(self, way: Way, headers: dict[str, str], body: bytes) -> None:
         """Writes a message and asks for no receipt. Raises ValueError."""
-        self.link.write(b"SEND\n" + encode_rest(self.version, "SEND", headers, body, way.written))
+        self.link.write(b"SEND\n" + self._encode(way, headers, body))
+
+    def _encode(self, way: Way, headers: Mapping[str, str], body: bytes) -> bytes:
+        """A SEND from behind its command on. Raises ValueError for what the version or the broker cannot take."""
+        data = encode_rest(self.version, "SEND", headers, body, way.written)
+        size = len(data) - len(body)
+        if size > SHORT_HEAD or not headers.keys().isdisjoint(self.dialect.refused):
+            check(self.dialect, headers, data[:size])
+        return data
 
     def waiting_room(self, channel: Channel, group: str, after: float) -> Way:
         """How a message is sent that the channel's group is to get after so many seconds, without a scheduler."""
@@ -271,11 +305,11 @@ class Session(BrokerSession):
     def acknowledge(self, headers: Mapping[str, str]) -> None:
         self.link.write(f"ACK\n{self.ack(headers)}\n\0".encode())
 
-    def fit(self, headers: dict[str, str]) -> dict[str, str]:
+    def _fit(self, headers: dict[str, str]) -> dict[str, str]:
         """The headers of a copy, which must not fail: 1.0 has no line breaks and no colons in names."""
-        if self.version != "1.0":
-            return headers
-        return {name: value.replace("\n", " ") for name, value in headers.items() if not {":", "\n"} & {*name}}
+        if self.version == "1.0":
+            headers = {name: text.replace("\n", " ") for name, text in headers.items() if not {":", "\n"} & {*name}}
+        return cut(self.dialect, headers)
 
     def ack(self, headers: Mapping[str, str]) -> str:
         """The lines by which an ACK names a delivery."""
@@ -288,14 +322,20 @@ class Session(BrokerSession):
         return f"{message}subscription:{escape(headers.get('subscription', ''), version)}\n"
 
     def together(
-        self, way: Way, headers: dict[str, str], body: bytes, *, ack: str = "", alone: bool = False
+        self, way: Way, headers: dict[str, str], body: bytes, *, ack: str = "", alone: bool = False, copy: bool = False
     ) -> asyncio.Future[None]:
         """Sends a message, acknowledges a delivery if and when that is certain, and tells when it is.
 
         Where the broker has transactions, all that is only sent goes into one: it costs one write to the disk. `alone`:
-        no transaction will do. The future fails with Refusal, Lost or Unwritten. Raises ValueError.
+        no transaction will do. `copy`: it must be taken, so its headers are cut where they are over a limit; others
+        raise ValueError then. The future fails with Refusal, Lost or Unwritten.
         """
-        data = encode_rest(self.version, "SEND", headers, body, way.written)
+        try:
+            data = self._encode(way, headers, body)
+        except ValueError:
+            if not copy:
+                raise
+            data = self._encode(way, self._fit(headers), body)
         unit = _Unit(data, self._loop.create_future(), ack, alone)
         if self._gone is not None:
             unit.done.set_exception(Unwritten())

@@ -29,6 +29,8 @@ MSG_TIMEOUT = 5.0  # seconds after which nsqd gives a delivery to another when t
 POLL = 15.0  # seconds between two questions to the lookup daemons, by chance a fifth more or less
 SWEEP = 60.0
 HTTP_SECONDS = 5.0
+PASSING_SECONDS = 0.3  # that HTTP may take which is asked by who is about something else
+SILENT_SECONDS = 10.0  # for which it is then not asked in passing again
 GUESS_SECONDS = 1.0
 
 Host: TypeAlias = tuple[str, int]
@@ -51,6 +53,7 @@ class Nsqds:
         self._poll_seconds = address.option("poll", POLL, least=0.05)
         self._bases = _bases(address, self.hosts)  # where they answer HTTP, as far as that is known
         self._guesses: dict[Host, tuple[asyncio.Task[None], float]] = {}  # where it may be, and when that was asked
+        self._silent: dict[str, float] = {}  # until when HTTP that did not answer is left alone
         self._tell = tell
         self._away: set[User] = set()
         self._told_away = False
@@ -170,16 +173,33 @@ class Nsqds:
     async def started(self, host: Host) -> float | None:
         """When this nsqd was started, in seconds of the wall clock; None where it does not tell."""
         with contextlib.suppress(TransportError):
-            return (await _fetch(f"{await self._base(host)}/info", http.Info, GUESS_SECONDS)).start_time
+            url = f"{await self._base(host)}/info"
+            return http.read(await self._in_passing(url), http.Info, url).start_time
         return None
 
-    async def setting(self, host: Host, name: str) -> int:
+    async def setting(self, host: Host, name: str, *, in_passing: bool = False) -> int:
         """One of nsqd's settings, by its name under /config. Raises TransportError."""
-        return await _fetch(f"{await self._base(host)}/config/{name}", int)
+        url = f"{await self._base(host)}/config/{name}"
+        return http.read(await (self._in_passing(url) if in_passing else _http(url)), int, url)
 
-    async def topics(self, host: Host, **wanted: str) -> Sequence[http.TopicStats]:
+    async def topics(
+        self, host: Host, topic: str = "", channel: str = "", *, in_passing: bool = False
+    ) -> Sequence[http.TopicStats]:
         """All topics, or only the `topic` and `channel` wanted, in numbers. Raises TransportError."""
-        return (await _fetch(http.stats_url(await self._base(host), **wanted), http.Stats)).topics or ()
+        url = http.stats_url(await self._base(host), topic=topic, channel=channel)
+        return http.read(await (self._in_passing(url) if in_passing else _http(url)), http.Stats, url).topics or ()
+
+    async def _in_passing(self, url: str, method: str = "GET") -> bytes:
+        """For who is about something else, whom HTTP behind a firewall must not keep. Raises TransportError."""
+        where, now = urlsplit(url).netloc, self.clock.now()
+        if self._silent.get(where, now) > now:
+            raise TransportError(f"{url} is not asked: it was silent a moment ago")
+        try:
+            return await _http(url, method, PASSING_SECONDS)
+        except TransportError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                self._silent[where] = self.clock.now() + SILENT_SECONDS
+            raise
 
     async def remove(self, host: Host, topic: str, channel: str = "") -> None:
         """A topic or channel that nobody holds any more; where that cannot be done the sweeping of others does it."""
@@ -187,7 +207,8 @@ class Nsqds:
         if base is not None and not channel.endswith(EPHEMERAL):
             kind = "channel" if channel else "topic"
             with contextlib.suppress(TransportError):
-                await _http(f"{base}/{kind}/delete?{urlencode({'topic': topic, 'channel': channel})}", "POST")
+                query = urlencode({"topic": topic, "channel": channel})
+                await self._in_passing(f"{base}/{kind}/delete?{query}", "POST")
 
     def sweep(self) -> None:
         """From now on removes temporary topics and channels whose holder has died."""

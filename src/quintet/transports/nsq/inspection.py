@@ -277,8 +277,8 @@ class Tail:
     async def _watch_at(self, host: Host) -> None:
         if (host, TAILS) not in self._lines:
             await self._subscribe(host, TAILS, announcement(self._number, self._prefix))
-        wanted = {"topic": self._prefix} if self._exact else {}
-        names = [topic.topic_name for topic in await self._nsqds.topics(host, **wanted) if topic.channels]
+        found = await self._nsqds.topics(host, topic=self._prefix if self._exact else "")
+        names = [topic.topic_name for topic in found if topic.channels]
         if not self._exact:
             names = [name for name in names if name.startswith(self._prefix) and not is_inner(name)]
         new = [name for name in names if (host, name) not in self._lines]

@@ -11,8 +11,8 @@ from typing import Any
 
 from msgspec import Struct, structs
 
-from quintet.connection import FAREWELL_SECONDS, Refused
-from quintet.errors import CallError, ConfigurationError, TooLarge, TransportError, Unavailable
+from quintet.connection import FAREWELL_SECONDS, SAYS_BEFORE, Refused
+from quintet.errors import CallError, ConfigurationError, InvalidMessage, TooLarge, TransportError, Unavailable
 from quintet.message import Message, Native, native_of
 from quintet.transports.nsq.discovery import Host, Line, Nsqds
 from quintet.wire import nsq as wire
@@ -121,18 +121,19 @@ class Publisher(User):
     async def send(self, message: Message) -> None:
         channel, connection = message.channel, self.opened()
         session = connection.session
+        until = message.deadline if message.until is None else message.until
         if session is None:
-            session = await connection.ready(message.deadline if message.until is None else message.until)
+            session = await connection.ready(until)
         topic, waits_in = topic_of(channel), "" if channel.fanout else WORK
         if topic not in session.declared and (channel.fanout or not channel.temporary):
-            await self._once(session, topic, self._prepare(session.host, topic, waits_in))
+            await self._once(session, topic, self._prepare(session.host, topic, waits_in), until)
         deadline = None if message.deadline is None else self._clock.to_wall(message.deadline)
         if message.native and (defer := native_of(message.native, Publish, _PUBLISH).defer):
-            body = wire.pack(message, deadline, self._clock.wall() + defer)
+            body = _pack(message, deadline, self._clock.wall() + defer)
             await self._fits(body)
             await session.command(wire.dpub(topic, round(defer * 1000), body))
         else:
-            body = wire.pack(message, deadline)
+            body = _pack(message, deadline)
             if len(body) > self._largest:
                 await self._fits(body)
             if session.link.full:
@@ -184,7 +185,7 @@ class Publisher(User):
         """Raises TooLarge, for nsqd would hang up, with all that others have sent by this connection behind it."""
         if len(body) > self._largest and not self._largest_known:
             with contextlib.suppress(TransportError):
-                self._largest = await self._nsqds.setting(self.opened().host, "max_msg_size")
+                self._largest = await self._nsqds.setting(self.opened().host, "max_msg_size", in_passing=True)
                 self._largest_known = True
         if len(body) > self._largest:
             raise TooLarge(
@@ -198,14 +199,16 @@ class Publisher(User):
         now, accepted = self._clock.now(), self._accepted
         accepted.append(_Sent(now, topic, waits_in, body))
         self._accepted_bytes += len(body)
-        while self._accepted_bytes > ACCEPTED_BYTES or accepted[0].at < now - ACCEPTED_SECONDS:
+        most = max(ACCEPTED_BYTES, len(body))  # the last is kept, however large it is
+        while self._accepted_bytes > most or accepted[0].at < now - ACCEPTED_SECONDS:
             self._accepted_bytes -= len(accepted.popleft().body)
 
     async def _send_again(self, uncertain: list[_Sent]) -> None:
         """What an nsqd had accepted right before it was lost, as far as it may not have written it down by then."""
         seconds = ACCEPTED_SECONDS
         with contextlib.suppress(TransportError):
-            seconds = await self._nsqds.setting(self.opened().host, "sync_timeout") / 1e9 + SYNC_MARGIN
+            timeout = await self._nsqds.setting(self.opened().host, "sync_timeout", in_passing=True)
+            seconds = timeout / 1e9 + SYNC_MARGIN
         some = [one for one in uncertain if one.at >= uncertain[-1].at - seconds]
         for start in range(0, len(some), ACCEPTED_STEP):
             step = some[start : start + ACCEPTED_STEP]
@@ -213,8 +216,10 @@ class Publisher(User):
 
     # Topics
 
-    async def _once(self, session: NSQ, topic: str, work: Coroutine[Any, Any, None]) -> None:
-        """All senders of a topic wait for the first. Raises Unavailable: nothing was sent."""
+    async def _once(
+        self, session: NSQ, topic: str, work: Coroutine[Any, Any, None], until: float | None = None
+    ) -> None:
+        """All senders of a topic wait for the first, until their time is up. Raises Unavailable: nothing was sent."""
         key = (session, topic)
         if key in self._declaring:
             work.close()
@@ -227,8 +232,13 @@ class Publisher(User):
                     session.declared.add(topic)
 
             task.add_done_callback(declared)
+        task = self._declaring[key]
+        left = None if until is None else max(0.0, until - SAYS_BEFORE - self._clock.now())
+        done, _ = await asyncio.wait([task], timeout=left)
+        if not done:
+            raise Unavailable(f"not sent: topic {topic} could not be made in time")
         try:
-            await asyncio.shield(self._declaring[key])
+            task.result()
         except Refused as error:
             raise Denied(f"not sent: topic {topic} may not be made: {error}") from error
         except TransportError as error:
@@ -243,7 +253,7 @@ class Publisher(User):
 
     async def _show(self, host: Host, topic: str) -> None:
         """Gives each tail that may want to see the topic its channel there, in which all waits until it looks."""
-        for tails in await self._nsqds.topics(host, topic=TAILS):
+        for tails in await self._nsqds.topics(host, topic=TAILS, in_passing=True):
             for channel in tails.channels or ():
                 number, prefix = announced(channel.channel_name)
                 if channel.client_count and topic.startswith(prefix):
@@ -263,3 +273,10 @@ class Publisher(User):
             line = self._nsqds.connect(Subscriber(topic, NOBODY, 10), host, profile=few)
             await line.open()
             self._nobodies[host, topic] = line
+
+
+def _pack(message: Message, deadline: float | None, not_before: float | None = None) -> bytes:
+    try:
+        return wire.pack(message, deadline, not_before)
+    except UnicodeEncodeError as error:
+        raise InvalidMessage(f"{message.channel.name}: a header cannot be written as UTF-8: {error}") from None
