@@ -78,6 +78,18 @@ def tls(address: Address) -> ssl.SSLContext:
     return context
 
 
+def tls_if(wanted: bool, address: Address) -> ssl.SSLContext | None:
+    """The same where TLS is wanted; where it is not, the address may not say how. Raises AddressError."""
+    if wanted:
+        return tls(address)
+    if given := sorted(TLS_OPTIONS & address.options.keys()):
+        secured = f"{address.scheme.partition('+')[0]}s"
+        raise AddressError(
+            f"{address}: option {given[0]}= is for TLS, which this address does not ask for: {secured}://"
+        )
+    return None
+
+
 class Link(asyncio.Protocol):
     """One live socket. What is written in one turn of the loop goes out together."""
 
@@ -282,18 +294,18 @@ class Connection(Generic[S]):
         clock: Clock,
         tell: Tell,
         *,
-        secured: bool = False,
+        secured: ssl.SSLContext | None = None,
         hosts: tuple[tuple[str, int | None], ...] = (),
     ) -> None:
-        """`port`: where an address names none. `secured`: TLS from the first byte. `hosts`: others than the address's.
-        `tell` hears of the loss of the connection and of its return, not of the first one."""
+        """`port`: where an address names none. `secured`: TLS from the first byte (`tls_if`). `hosts`: others than the
+        address's. `tell` hears of the loss of the connection and of its return, not of the first one."""
         self.address = address
         self.session: S | None = None
         self._hosts = [(host or "127.0.0.1", number or port) for host, number in hosts or address.hosts]
         self._make = session
         self._clock = clock
         self._tell = tell
-        self._tls = tls(address) if secured else None
+        self._tls = secured
         self._keeper: asyncio.Task[None] | None = None
         self._up: asyncio.Future[None] | None = None  # resolved when there is a session
         self._error: Exception | None = None  # why there is none

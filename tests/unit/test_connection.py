@@ -386,6 +386,12 @@ def test_an_option_that_is_no_number_is_refused_in_one_sentence(number: str) -> 
         ("certkey=/no/such.pem", "name that by cert="),
     ],
 )
-def test_tls_options_are_refused_in_one_sentence(option: str, sentence: str) -> None:
+def test_tls_options_that_make_no_sense_are_refused_in_one_sentence(option: str, sentence: str) -> None:
     with pytest.raises(AddressError, match=sentence):
         connection.tls(parse_address(f"amqps://host/?{option}"))
+
+
+@pytest.mark.parametrize("scheme", ["amqp", "nsq", "nsq+lookup"])
+def test_who_says_how_tls_is_done_without_asking_for_it_is_told(scheme: str) -> None:
+    with pytest.raises(AddressError, match=rf"option ca= is for TLS.*: {scheme.partition('+')[0]}s://"):
+        open_address(f"{scheme}://host?ca=/etc/ca.pem")

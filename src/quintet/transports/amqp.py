@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final, Literal, Self
 from msgspec import Struct, structs
 
 from quintet.clock import SYSTEM, Clock
-from quintet.connection import SAYS_BEFORE, TLS_OPTIONS, Connection, Link, Lost, Refused, credentials
+from quintet.connection import SAYS_BEFORE, TLS_OPTIONS, Connection, Link, Lost, Refused, credentials, tls_if
 from quintet.errors import (
     PROBLEM_MEDIA_TYPE,
     AddressError,
@@ -263,7 +263,7 @@ class Carrier(Transport):
     def _connection(self, make: Callable[[Link], Any]) -> Connection[Any]:
         secured = self.address.scheme == "amqps"
         port = 5671 if secured else 5672
-        return Connection(self.address, port, make, self.clock, self._told, secured=secured)
+        return Connection(self.address, port, make, self.clock, self._told, secured=tls_if(secured, self.address))
 
     def _told(self, kind: Literal["broker-lost", "broker-back"], subject: str, reason: object = "") -> None:
         """Two connections, but one broker: it is away while either is."""

@@ -17,7 +17,7 @@ from typing import ClassVar, Final, Literal, TypeAlias
 from msgspec import Struct, structs
 
 from quintet.clock import SYSTEM, Clock, Handle
-from quintet.connection import TLS_OPTIONS, Connection, Lost
+from quintet.connection import TLS_OPTIONS, Connection, Lost, tls_if
 from quintet.errors import (
     AddressError,
     CallError,
@@ -85,7 +85,7 @@ class _Line:
             lambda link: Session(link, carrier.profile, self.subscribed, carrier.clock),
             carrier.clock,
             partial(carrier.told, self),
-            secured=secured,
+            secured=tls_if(secured, carrier.address),
         )
 
     async def close(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 from quintet.clock import Clock
-from quintet.connection import Connection, credentials, tls
+from quintet.connection import Connection, credentials, tls_if
 from quintet.errors import AddressError, TransportError, Unavailable
 from quintet.transport import Address, Tell
 from quintet.wire import nsq_http as http
@@ -286,7 +286,7 @@ def _profile(address: Address, *, secured: bool) -> Profile:
         msg_timeout=MSG_TIMEOUT,
         sample_rate=0,
         secret=password or user,
-        secured=tls(address) if secured else None,
+        secured=tls_if(secured, address),
         compression=packed[0] if packed else "",
     )
 
