@@ -71,6 +71,8 @@ FEW = 16  # records outstanding up to which each is sent at once; of more a batc
 FAREWELL = 1.0  # seconds that leaving a group may take
 FLUSH = 2.0  # seconds that what was produced has to be confirmed when the producer is closed
 ANSWER = 5.0  # seconds that a group's coordinator may take
+SEAT_KEPT = 24 * 3600.0  # seconds that the seat of a process that was killed waits for the one in its stead
+SEAT_SHOWN = 3600.0  # seconds after which who has a seat shows that
 
 
 class Outlet:
@@ -216,12 +218,12 @@ class Seat:
 
     Whoever is started in the stead of a process that was killed finds the seat free, and goes on at once with the same
     partitions; without a name the group would wait until it is sure that the member is dead. And a member that comes
-    back after the broker was away is known again.
+    back after the broker was away is known again. What nobody came back for within `SEAT_KEPT` is removed.
     """
 
     def __init__(self, group: str) -> None:
         self.id = uuid.uuid4().hex
-        self._file, self._path = -1, Path()
+        self._file, self._path, self._shown = -1, Path(), time.monotonic()
         with contextlib.suppress(ImportError, OSError):  # without files each is just somebody new
             self._take(group)
 
@@ -245,7 +247,17 @@ class Seat:
                 self.id = name
             else:
                 os.write(file, self.id.encode())
-            return
+            os.utime(file)
+            break
+        for path in folder.iterdir():
+            if path.stat().st_mtime < time.time() - SEAT_KEPT:
+                _remove(path)
+
+    def hold(self) -> None:
+        """Shows once an hour that somebody has the seat. For its thread, where that has nothing else to do."""
+        if self._file >= 0 and time.monotonic() - self._shown > SEAT_SHOWN:
+            self._shown = time.monotonic()
+            os.utime(self._file)
 
     def free(self) -> None:
         """The member has left its group: nobody needs to go on with its name."""
@@ -253,6 +265,19 @@ class Seat:
             self._path.unlink(missing_ok=True)  # while it is locked: who has opened it meanwhile has a name of its own
             os.close(self._file)
             self._file = -1
+
+
+def _remove(path: Path) -> None:
+    """Removes a seat that nobody has."""
+    import fcntl
+
+    with contextlib.suppress(OSError):  # somebody has it, or was faster
+        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(file)
 
 
 class Inlet:
@@ -343,6 +368,8 @@ class Inlet:
             try:
                 record = consumer.poll(POLL)
                 if record is None:
+                    if self.seat is not None:
+                        self.seat.hold()
                     continue
                 records = [record, *consumer.consume(BURST - 1, 0)]  # with a time it would wait for so many
             except KafkaException as error:
