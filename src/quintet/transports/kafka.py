@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from msgspec import Struct
+from msgspec.structs import force_setattr
 
 from quintet.clock import SYSTEM, Clock, Handle
 from quintet.connection import SAYS_BEFORE, TLS_OPTIONS, Refused, credentials, tls
@@ -39,7 +41,6 @@ from quintet.wire.kafka import (
     DUE,
     KEY,
     VERSIONS_ASKED,
-    Headers,
     Progress,
     due,
     from_record,
@@ -89,8 +90,19 @@ class Topic(Native, frozen=True, kw_only=True):
 
     partitions: int = 0
     replication: int = 0
-    config: Mapping[str, str] = {}
+    config: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
     start: Literal["", "earliest", "latest"] = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.config, Mapping):
+            force_setattr(self, "config", tuple(self.config.items()))  # so that a channel can be hashed
+        for wrong, why in (
+            (not 0 <= self.partitions < 2**31, "partitions must be 1 or more, or 0 for the address's own"),
+            (not 0 <= self.replication < 2**15, "replication must be 1 or more, or 0 for the address's own"),
+            (self.start not in ("", "earliest", "latest"), "start must be earliest or latest"),
+        ):
+            if wrong:
+                raise ConfigurationError(f"{self!r}: {why}")
 
 
 class Record(Native, frozen=True, kw_only=True):
@@ -98,6 +110,12 @@ class Record(Native, frozen=True, kw_only=True):
 
     partition: int = -1
     timestamp: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.partition < 2**31:
+            raise ConfigurationError(f"{self!r}: partition must be 0 or more, or -1 for the one of its key")
+        if not 0 <= self.timestamp < 2**63 / 1000:
+            raise ConfigurationError(f"{self!r}: timestamp must be seconds since 1970, or 0 for now")
 
 
 _TOPIC, _RECORD = Topic(), Record()
@@ -191,9 +209,8 @@ class _Serving:
 
     async def again(self, delivery: _Delivery, copy: Message, after: float) -> None:
         if self.retry is not None and not self._stopped:
-            headers = [*to_headers(copy, self._clock), (DUE, f"{self._clock.wall() + after:.3f}")]
             with contextlib.suppress(CallError):
-                await self._carrier.keep(self.retry.name, copy, copy.key, headers)
+                await self._carrier.keep(self.retry.name, copy, copy.key, (DUE, b"%.3f" % (self._clock.wall() + after)))
                 self.done(delivery)
                 return
         delivery.copy = copy
@@ -574,10 +591,13 @@ class Carrier(Transport):
 
     def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
         super().__init__(address, clock)
-        self._partitions = int(address.option("partitions", PARTITIONS))
-        self._replication = int(address.option("replication", -1))
-        if self._partitions < 1 or self._replication < -1 or self._replication == 0:
+        partitions, replication = address.option("partitions", PARTITIONS), address.option("replication", -1)
+        if not (1 <= partitions < 2**31 and (replication == -1 or 1 <= replication < 2**15)):
             raise AddressError(f"{address}: options partitions= and replication= must be 1 or more")
+        self._partitions, self._replication = int(partitions), int(replication)
+        self._heartbeat = address.option("heartbeat", HEARTBEAT)
+        if not 0 <= self._heartbeat <= 3600:
+            raise AddressError(f"{address}: option heartbeat= must be 0 (none) to 3600 seconds")
         self._config = _config(address)
         self._outlet: kafka_bridge.Outlet | None = None
         self._admin: Any = None
@@ -590,9 +610,8 @@ class Carrier(Transport):
         self._letters = asyncio.Lock()
         self._up = False
         self._waiting: asyncio.Future[None] | None = None  # of those who wait for the broker
-        self._reason = ""
+        self._reason = ""  # why no broker is there, as far as librdkafka has told
         self._probe: asyncio.Task[None] | None = None
-        self._heartbeat = address.option("heartbeat", HEARTBEAT)
         self._listening: asyncio.Task[None] | None = None  # for signs of life
 
     @property
@@ -635,7 +654,7 @@ class Carrier(Transport):
             await asyncio.gather(answer, return_exceptions=True)
             await self.close()
             raise
-        self._up = True
+        self._up, self._reason = True, ""
         if self._heartbeat > 0:
             self._listening = asyncio.get_running_loop().create_task(self._listen())
 
@@ -665,7 +684,7 @@ class Carrier(Transport):
         place = self._topics.get(message.channel.name)
         if place is None:
             return self._send_first(message)
-        return self.produce(place.name, message, message.key, to_headers(message, self.clock))
+        return self.produce(place.name, message, message.key)
 
     async def _send_first(self, message: Message) -> None:
         """To a topic of which nothing is known yet."""
@@ -673,37 +692,42 @@ class Carrier(Transport):
             await self._returned(_patience(message))
         place = await self._until(message.until, self._place(message.channel))
         if place is not None:  # else a temporary channel that nobody holds
-            await self.produce(place.name, message, message.key, to_headers(message, self.clock))
+            await self.produce(place.name, message, message.key)
 
     async def produce(
-        self, topic: str, message: Message, key: str | None, headers: Headers, *, empty: bool = False
+        self, topic: str, message: Message, key: str, *more: tuple[str, bytes], empty: bool = False
     ) -> None:
         """Returns once the broker has confirmed the record: who gives up before that is cancelled. Raises CallError."""
         body: bytes | None = message.body
         if type(body) is not bytes:
             body = bytes(message.body)
-        where = _where(native_of(message.native, Record, _RECORD)) if message.native else ANYWHERE
+        place = native_of(message.native, Record, _RECORD) if message.native else _RECORD
         while True:
             if not self._up:
                 await self._returned(_patience(message))
             outlet = self._opened()
             try:
-                return await outlet.put(topic, None if empty else body, key or None, headers, where)
+                headers = to_headers(message, self.clock)
+                headers += more
+                return await outlet.put(
+                    topic, None if empty else body, key or None, headers, place.partition, int(place.timestamp * 1000)
+                )
             except BufferError:
                 await self._until(message.until, outlet.room(), Overloaded)
+            except UnicodeEncodeError as error:
+                raise InvalidMessage(f"{message!r} cannot be written as UTF-8: {error}") from None
             except self.bridge.KafkaException as raised:
-                error = self._translated(raised, topic)
-                if isinstance(error, _NoTopic):
+                if _no_topic(raised):
                     self._topics.pop(message.channel.name, None)
                     if message.channel.temporary and not message.channel.fanout:
                         return None  # nobody holds it any more
-                raise error from None
+                raise self._translated(raised, topic) from None
 
-    async def keep(self, topic: str, copy: Message, key: str, headers: Headers) -> None:
+    async def keep(self, topic: str, copy: Message, key: str, *more: tuple[str, bytes]) -> None:
         """What is not our sender's own to wait for: in STORE seconds, or not. Raises CallError."""
         try:
             async with asyncio.timeout(STORE):
-                await self.produce(topic, copy, key, headers)
+                await self.produce(topic, copy, key, *more)
         except TimeoutError:
             raise DeadlineExceeded(f"{topic} at {self.address}: not confirmed in {STORE:g} s") from None
 
@@ -711,8 +735,7 @@ class Carrier(Transport):
         """Puts a message among the dead letters. Raises CallError."""
         place = await self._until(self.clock.now() + STORE, self._place(DEAD_LETTERS))
         assert place is not None  # noqa: S101
-        headers = [*to_headers(copy, self.clock), *([(KEY, copy.key)] if copy.key else [])]
-        await self.keep(place.name, copy, copy.headers[DEAD_ID], headers)
+        await self.keep(place.name, copy, copy.headers[DEAD_ID], *([(KEY, copy.key.encode())] if copy.key else []))
 
     # serving
 
@@ -804,9 +827,11 @@ class Carrier(Transport):
         bridge = self.bridge
         answer = self._admin.describe_topics(bridge.TopicCollection([name]), request_timeout=ANSWER)[name]
         try:
-            found = await self.asked(answer)
-        except _NoTopic:
-            return None
+            found = await asyncio.wrap_future(answer)
+        except bridge.KafkaException as raised:
+            if _no_topic(raised):
+                return None
+            raise self._translated(raised, "") from None
         return _Place(name, len(found.partitions))
 
     async def _make(self, name: str, channel: Channel) -> _Place | None:
@@ -822,7 +847,7 @@ class Carrier(Transport):
         if not channel.durable and not (channel.temporary and channel.fanout):
             config |= {"retention.ms": str(BRIEFLY), "segment.ms": str(BRIEFLY)}
         topic = self.bridge.NewTopic(
-            name, partitions, options.replication or self._replication, config={**config, **options.config}
+            name, partitions, options.replication or self._replication, config=config | dict(options.config)
         )
         error: Any = None
         try:
@@ -881,8 +906,10 @@ class Carrier(Transport):
         error: KafkaError = raised.args[0]
         where = f"{topic} at {self.address}" if topic else str(self.address)
         code, text = error.code(), error.str()
-        if code in (error.UNKNOWN_TOPIC_OR_PART, error._UNKNOWN_TOPIC, error._UNKNOWN_PARTITION):
-            return _NoTopic(f"{where}: there is no such topic, or no such partition of it")
+        if code in (error._TIMED_OUT, error._TRANSPORT) and not self._up:
+            return Unavailable(f"{where}: no broker answers: {self._reason or UNHEARD}")
+        if _no_topic(raised):
+            return Unavailable(f"{where}: there is no such topic, or no such partition of it")
         if code in (error.MSG_SIZE_TOO_LARGE, error.RECORD_LIST_TOO_LARGE):
             return TooLarge(f"{where}: {text}; Topic(config={{'max.message.bytes': ...}}) allows more")
         if code in (error.INVALID_MSG, error.INVALID_RECORD):
@@ -908,12 +935,17 @@ class Carrier(Transport):
         code = error.code()
         if code in (error._AUTHENTICATION, error.SASL_AUTHENTICATION_FAILED, error._SSL):
             if not self._refused.done():
-                self._refused.set_result(error.str())
-        elif code == error._ALL_BROKERS_DOWN and self._up:
-            self._lose(error.str())
-        elif error.fatal() and self._outlet is not None:  # this producer takes nothing any more: another does
-            old, self._outlet = self._outlet, self.bridge.Outlet(_producing(self._config), self._trouble)
-            self._ending = asyncio.get_running_loop().create_task(old.close())
+                self._refused.set_result(_told(error))
+        elif error.fatal():
+            if self._outlet is not None:  # this producer takes nothing any more: another does
+                old, self._outlet = self._outlet, self.bridge.Outlet(_producing(self._config), self._trouble)
+                self._ending = asyncio.get_running_loop().create_task(old.close())
+        elif code != error._ALL_BROKERS_DOWN:
+            self._reason = _told(error)
+        elif self._up:
+            self._lose(self._reason or "the broker closed the connection")
+        else:
+            self._reason = self._reason or HUNG_UP
 
     def _lose(self, reason: str) -> None:
         self._up, self._reason = False, reason
@@ -940,14 +972,14 @@ class Carrier(Transport):
         while True:
             try:
                 await self.asked(self._admin.describe_cluster(request_timeout=1.0))
-            except (CallError, TransportError) as error:
+            except (CallError, TransportError):
                 if not told:
                     told = True
-                    self.tell("broker-lost", str(self.address), self._reason or error)
+                    self.tell("broker-lost", str(self.address), self._reason)
                 await self.clock.sleep(0.05)
             else:
                 break
-        self._up = True
+        self._up, self._reason = True, ""
         self._wake()
         if told:
             self.tell("broker-back", str(self.address))
@@ -975,8 +1007,9 @@ class Carrier(Transport):
         except TimeoutError:
             if not limit.expired():
                 raise
-            reason = "as many messages as it may hold wait to be sent" if kind is Overloaded else "the broker is away"
-            raise kind(f"{self.address}: not sent, {reason}: {self._reason}".removesuffix(": ")) from None
+            away = f"the broker is away: {self._reason}".removesuffix(": ")
+            reason = "as many messages as it may hold wait to be sent" if kind is Overloaded else away
+            raise kind(f"{self.address}: not sent, {reason}") from None
 
     # looking in
 
@@ -997,7 +1030,7 @@ class Carrier(Transport):
             place = await self._find(channel, make=False)
             if place is None:
                 continue  # of a group that was there for a while only
-            await self.produce(place.name, message, message.key, to_headers(message, self.clock))
+            await self.produce(place.name, message, message.key)
             await self._bury_for_ever(id_)
             count += 1
         return count
@@ -1011,7 +1044,7 @@ class Carrier(Transport):
 
     async def _bury_for_ever(self, id_: str) -> None:
         """A record without a value: compaction drops the letter, and readers do so at once."""
-        await self.produce(DEAD, Message(channel=DEAD_LETTERS), id_, [], empty=True)
+        await self.produce(DEAD, Message(channel=DEAD_LETTERS), id_, empty=True)
 
     async def _dead(self) -> dict[str, Message]:
         self._opened()
@@ -1101,19 +1134,19 @@ class Carrier(Transport):
         """What version its brokers work together as: no client is told which one each is."""
         if older := settings.get("inter.broker.protocol.version"):  # until Kafka 4
             return older
-        host, port = self.address.hosts[0]
         context = tls(self.address) if "SSL" in self._config["security.protocol"] else None
-        try:
-            async with asyncio.timeout(ANSWER):
-                reader, writer = await asyncio.open_connection(host or "127.0.0.1", port or PORT, ssl=context)
-                try:
-                    writer.write(VERSIONS_ASKED)
-                    answer = await reader.readexactly(int.from_bytes(await reader.readexactly(4), "big"))
-                finally:
-                    writer.close()
-        except (OSError, TimeoutError, asyncio.IncompleteReadError):
-            return "of unknown version"
-        return version(answer) or "of unknown version"
+        for host, port in self.address.hosts:
+            with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+                async with asyncio.timeout(ANSWER):
+                    reader, writer = await asyncio.open_connection(host or "127.0.0.1", port or PORT, ssl=context)
+                    try:
+                        writer.write(VERSIONS_ASKED)
+                        answer = await reader.readexactly(int.from_bytes(await reader.readexactly(4), "big"))
+                    finally:
+                        writer.close()
+                if found := version(answer):
+                    return found
+        return "of unknown version"
 
     async def _try_topic(self) -> Finding:
         """Whether topics can be made: asked, not tried."""
@@ -1144,17 +1177,9 @@ OURS = "quintet."
 KNOWN = 10_000  # topics that are remembered
 
 
-class _NoTopic(Unavailable):
-    """The topic is not there."""
-
-
-ANYWHERE: Final[Mapping[str, int]] = {}
-
-
-def _where(record: Record) -> Mapping[str, int]:
-    """What librdkafka is told of the place of a record in its topic."""
-    where = {"partition": record.partition} if record.partition >= 0 else {}
-    return where | {"timestamp": int(record.timestamp * 1000)} if record.timestamp else where
+def _no_topic(raised: Any) -> bool:
+    error = raised.args[0]
+    return error.code() in (error.UNKNOWN_TOPIC_OR_PART, error._UNKNOWN_TOPIC, error._UNKNOWN_PARTITION)
 
 
 def _patience(message: Message) -> float | None:
@@ -1377,3 +1402,22 @@ def _consuming(config: dict[str, Any]) -> dict[str, Any]:
 
 def _text(raised: Any) -> str:
     return str(raised.args[0].str())
+
+
+HUNG_UP = "the connection is closed before an answer: it may want TLS (?tls=on), or a login (user:password@, ?sasl=)"
+UNHEARD = "nothing is said there; does a broker of Kafka listen on that port?"
+ADVICE = {
+    "Connection refused": "is a broker running there?",
+    "Failed to resolve": "is the host's name right?",
+    "SSL connection closed by peer": "does that port speak TLS?",
+    "current SASL state": "no login is wanted on that port",
+}
+"""What to do, by what librdkafka's texts hold."""
+
+
+def _told(error: KafkaError) -> str:
+    """What happened to a connection, where, and what to do."""
+    text = re.sub(r"/bootstrap(?=:)| \(after [^)]*\)", "", error.str()).rstrip(": ")
+    if error.code() == error._BAD_MSG:
+        return f"{text.partition(': ')[0]}: what answers there is not Kafka, or wants TLS (?tls=on)"
+    return "; ".join([text, *(advice for mark, advice in ADVICE.items() if mark in text)])
