@@ -248,9 +248,9 @@ async def test_a_message_with_a_key_waits_here_and_one_without_in_the_retry_topi
     await bench.send(here, plain, b"plain")
     await bench.got(other, 2)
     assert [message.attempt for message in other.messages] == [1, 2]
-    ends = await there.ends([(f"quintet.retry.{channel.name}", number) for number in range(6)])  # type: ignore[attr-defined]
+    ends = await there.topics.ends([(f"quintet.retry.{channel.name}", number) for number in range(6)])  # type: ignore[attr-defined]
     assert sum(ends.values()) == 0
-    ends = await there.ends([(f"quintet.retry.{plain.name}", number) for number in range(6)])  # type: ignore[attr-defined]
+    ends = await there.topics.ends([(f"quintet.retry.{plain.name}", number) for number in range(6)])  # type: ignore[attr-defined]
     assert sum(ends.values()) == 1
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quintet.kafka_bridge import SEAT_KEPT, SEAT_SHOWN, Seat
+from quintet.transports.kafka.bridge import SEAT_KEPT, SEAT_SHOWN, Seat
 
 
 @pytest.fixture
