@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quintet.transports.kafka.bridge import SEAT_KEPT, SEAT_SHOWN, Seat
+from quintet.transports.kafka.seat import KEPT, SHOWN, Seat
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_seat_is_given_to_one_at_a_time(folder: Path) -> None:
 
 
 def test_who_comes_in_the_stead_of_a_killed_one_has_its_name_however_late_it_is(folder: Path) -> None:
-    path, name = left_behind(folder, "trips", SEAT_KEPT * 3)
+    path, name = left_behind(folder, "trips", KEPT * 3)
     seat = Seat("trips")
     assert seat.id == name
     assert path.exists()
@@ -46,9 +46,9 @@ def test_who_comes_in_the_stead_of_a_killed_one_has_its_name_however_late_it_is(
 
 
 def test_what_nobody_came_back_for_in_a_day_is_removed_and_nothing_else(folder: Path) -> None:
-    old, _ = left_behind(folder, "gone", SEAT_KEPT + 1)
-    young, _ = left_behind(folder, "restarting", SEAT_KEPT - 60)
-    taken, _ = left_behind(folder, "there", SEAT_KEPT + 1)
+    old, _ = left_behind(folder, "gone", KEPT + 1)
+    young, _ = left_behind(folder, "restarting", KEPT - 60)
+    taken, _ = left_behind(folder, "there", KEPT + 1)
     with taken.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         Seat("trips").free()
@@ -63,7 +63,7 @@ def test_a_seat_that_is_taken_does_not_grow_old(folder: Path, monkeypatch: pytes
     os.utime(path, (0, 0))
     seat.hold()
     assert path.stat().st_mtime == 0
-    later = time.monotonic() + SEAT_SHOWN + 1
+    later = time.monotonic() + SHOWN + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
     seat.hold()
     assert path.stat().st_mtime > time.time() - 60
