@@ -389,6 +389,7 @@ async def test_why_no_broker_answers_is_said_with_what_to_do(broker: Brokers) ->
 
     async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
 
     async def why(address: str) -> str:
         transport = open_address(address)

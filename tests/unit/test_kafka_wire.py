@@ -57,7 +57,8 @@ class Record:
 
 
 def sent(message: Message) -> Record:
-    return Record(message.body, message.key.encode() or None, to_headers(message, SYSTEM))
+    headers = [(n, v.encode() if isinstance(v, str) else v) for n, v in to_headers(message, SYSTEM)]
+    return Record(message.body, message.key.encode() or None, headers)
 
 
 # names

@@ -33,8 +33,8 @@ LONGEST_TOPIC = 249  # characters, Kafka's own limit
 MOST_ATTEMPTS = 2**31 - 1  # that other transports carry
 LONGEST_NOTE = 3500  # characters; Kafka takes 4,096 bytes of metadata with a committed offset
 
-Headers: TypeAlias = list[tuple[str, bytes]]
-"""Values are bytes: librdkafka would cut text where it holds a NUL."""
+Headers: TypeAlias = list[tuple[str, str | bytes]]
+"""What users write is in bytes: librdkafka would cut text where it holds a NUL."""
 
 
 class Record(Protocol):
@@ -85,26 +85,26 @@ def retry_group(channel: Channel, group: str) -> str:
 
 def to_headers(message: Message, clock: Clock) -> Headers:
     """A record's headers, but for the message's key. Raises UnicodeEncodeError where one holds a lone surrogate."""
-    headers = [(name, value.encode()) for name, value in message.headers.items()]
+    headers: Headers = [(name, value.encode()) for name, value in message.headers.items()]
     if headers:
         "".join(message.headers).encode()  # a name that is no UTF-8 would crash librdkafka's Python
     add = headers.append
     if message.id:
         add(("quintet-id", message.id.encode()))
     if message.operation:
-        add(("quintet-operation", message.operation.encode()))
+        add(("quintet-operation", message.operation))
     if message.sender:
-        add(("quintet-sender", message.sender.encode()))
+        add(("quintet-sender", message.sender))
     if message.media_type:
-        add((MEDIA_TYPE, message.media_type.encode()))
+        add((MEDIA_TYPE, message.media_type))
     if message.version:
-        add(("quintet-version", message.version.encode()))
+        add(("quintet-version", message.version))
     if message.reply_to:
         add(("quintet-reply-to", topic_name(message.reply_to).encode()))
     if message.correlation_id:
         add(("quintet-correlation", message.correlation_id.encode()))
     if message.status:
-        add(("quintet-status", message.status.encode()))
+        add(("quintet-status", message.status))
     if message.attempt != 1:
         add((ATTEMPT, b"%d" % message.attempt))
     if message.deadline is not None:
