@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import time
 from collections import Counter
@@ -16,7 +17,8 @@ from confluent_kafka import Consumer, Producer
 from running import Entry
 
 from quintet import Contract, Service, event, notification, serve
-from quintet.errors import AddressError, TooLarge, Unavailable
+from quintet.connection import Refused
+from quintet.errors import AddressError, ConfigurationError, InvalidMessage, TooLarge, Unavailable
 from quintet.message import Channel, Message, new_id
 from quintet.testing import CHECKS, Bench, Check, skips
 from quintet.testing.bench import Receiver
@@ -246,9 +248,9 @@ async def test_a_message_with_a_key_waits_here_and_one_without_in_the_retry_topi
     await bench.send(here, plain, b"plain")
     await bench.got(other, 2)
     assert [message.attempt for message in other.messages] == [1, 2]
-    ends = await there.ends([(f"quintet.retry.{channel.name}", number) for number in range(6)])  # type: ignore[attr-defined]
+    ends = await there.topics.ends([(f"quintet.retry.{channel.name}", number) for number in range(6)])  # type: ignore[attr-defined]
     assert sum(ends.values()) == 0
-    ends = await there.ends([(f"quintet.retry.{plain.name}", number) for number in range(6)])  # type: ignore[attr-defined]
+    ends = await there.topics.ends([(f"quintet.retry.{plain.name}", number) for number in range(6)])  # type: ignore[attr-defined]
     assert sum(ends.values()) == 1
 
 
@@ -366,9 +368,71 @@ async def test_what_is_wrong_with_an_address_is_said_before_anything_is_sent(bro
     for wrong in ("sasl=GSSAPI", "tls=yes", f"tls=on&ca={tmp_path / 'none.pem'}", "tls=on&verify=no", "partitions=0"):
         with pytest.raises(AddressError, match=wrong.rpartition("&")[2].partition("=")[0]):
             open_address(f"kafka://u:p@127.0.0.1?{wrong}")
+    for wrong in (
+        "partitions=nan",
+        "partitions=inf",
+        "replication=0",
+        "replication=-2",
+        "heartbeat=-1",
+        "heartbeat=nan",
+    ):
+        with pytest.raises(AddressError, match=wrong.partition("=")[0]):
+            open_address(f"kafka://127.0.0.1?{wrong}")
     transport = open_address(f"{broker('kafka')['address']}?rdkafka.linger=5")
     with pytest.raises(AddressError, match=r'No such configuration property: "linger"'):
         await transport.open()
+
+
+async def test_why_no_broker_answers_is_said_with_what_to_do(broker: Brokers) -> None:
+    entry = broker("kafka")
+    plain, sasl, tls = (entry[name].rpartition("@")[2].removeprefix("kafka://") for name in ("address", "sasl", "tls"))
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async def why(address: str) -> str:
+        transport = open_address(address)
+        with pytest.raises((Unavailable, Refused)) as raised:
+            await transport.open()
+        return str(raised.value)
+
+    other = await asyncio.start_server(answer, "127.0.0.1", 0)
+    closed = await asyncio.start_server(answer, "127.0.0.1", 0)
+    http, port = other.sockets[0].getsockname()[1], closed.sockets[0].getsockname()[1]
+    closed.close()
+    causes = {
+        f"kafka://127.0.0.1:{port}": f"127.0.0.1:{port}: .*Connection refused; is a broker running there?",
+        "kafka://nowhere.invalid": "nowhere.invalid:9092.*; is the host's name right?",
+        f"kafka://{plain}?tls=on&verify=off": "does that port speak TLS",
+        f"kafka://{tls}": r"\?tls=on",
+        f"kafka://{sasl}": "or a login",
+        f"kafka://quintet:quintet@{plain}": "no login is wanted on that port",
+        f"kafka://127.0.0.1:{http}": f"127.0.0.1:{http}: what answers there is not Kafka",
+    }
+    for cause, said in zip(causes.values(), await asyncio.gather(*map(why, causes)), strict=True):
+        assert re.search(cause, said), said
+        assert "\n" not in said
+    other.close()
+
+
+async def test_doctor_asks_the_host_that_is_there_for_its_version(broker: Brokers) -> None:
+    alive = broker("kafka")["address"].removeprefix("kafka://")
+    transport = open_address(f"kafka://127.0.0.1:1,{alive}")
+    await transport.open()
+    (found,) = [finding.says for finding in await transport.examine() if finding.what == "version"]
+    await transport.close()
+    assert re.fullmatch(r"Apache Kafka \d+\.\d+", found)
+
+
+def test_options_are_checked_when_they_are_written() -> None:
+    for wrong in ({"start": "foo"}, {"partitions": -1}, {"replication": -1}):
+        with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+            Topic(**wrong)  # type: ignore[arg-type]
+    for odd in ({"partition": -7}, {"timestamp": 1e300}, {"timestamp": float("nan")}):
+        with pytest.raises(ConfigurationError, match=next(iter(odd))):
+            Record(**odd)  # type: ignore[arg-type]
+    assert hash(Channel("c", native=(Topic(config={"retention.ms": "1"}),)))
 
 
 @benched
@@ -403,8 +467,9 @@ async def test_what_is_too_large_or_for_no_partition_is_refused(bench: Bench) ->
         await here.send(bench.message(channel, bytes(9 * 1024 * 1024)))
     with pytest.raises(TooLarge):
         await here.send(bench.message(channel, bytes(17 * 1024 * 1024)))
-    with pytest.raises(Unavailable, match="partition"):
+    with pytest.raises(Unavailable, match="no such partition") as raised:
         await here.send(bench.message(channel, b"", native=(Record(partition=99),)))
+    assert type(raised.value) is Unavailable
     receiver = Receiver()
     await bench.serve(await bench.open(), channel, receiver)
     await here.send(bench.message(channel, bytes(5 * 1024 * 1024)))
@@ -433,6 +498,31 @@ async def test_one_who_waits_no_longer_takes_nothing_back_and_disturbs_nobody(be
             await here.send(bench.message(channel, b"last"))
     await asyncio.gather(*many)
     await bench.got(receiver, 41)
+
+
+@benched
+async def test_text_with_a_nul_arrives_whole_and_what_is_no_utf8_is_refused(bench: Bench) -> None:
+    here, channel, receiver = await bench.open(), bench.channel(durable=True), Receiver()
+    await bench.serve(await bench.open(), channel, receiver)
+    sent = bench.message(channel, b"", key="k\0y", headers={"x": "v\0w"})
+    sent.id = "a\0b"
+    await here.send(sent)
+    await bench.got(receiver, 1)
+    came = receiver.messages[0]
+    assert (came.id, came.key, came.headers["x"]) == ("a\0b", "k\0y", "v\0w")
+    for half in ({"headers": {"x": "\ud800"}}, {"headers": {"\ud800": "x"}}, {"key": "\ud800"}):
+        with pytest.raises(InvalidMessage, match="UTF-8"):
+            await here.send(bench.message(channel, b"", **half))
+
+
+@benched
+async def test_a_record_whose_headers_make_no_sense_is_handled(bench: Bench) -> None:
+    here, channel, receiver = await bench.open(), bench.channel(durable=True), Receiver(Again(0.05))
+    await bench.serve(here, channel, receiver)
+    headers = {"quintet-attempt": b"9" * 5000, "quintet-deadline": b"-inf", "quintet-due": b"inf"}
+    here.native.producer.produce(channel.name, b"odd", headers=list(headers.items()))
+    await bench.got(receiver, 2)
+    assert [message.attempt for message in receiver.messages] == [1, 2]
 
 
 async def test_no_thread_is_left(broker: Brokers) -> None:

@@ -57,7 +57,8 @@ class Record:
 
 
 def sent(message: Message) -> Record:
-    return Record(message.body, message.key.encode() or None, [(n, v.encode()) for n, v in to_headers(message, SYSTEM)])
+    headers = [(n, v.encode() if isinstance(v, str) else v) for n, v in to_headers(message, SYSTEM)]
+    return Record(message.body, message.key.encode() or None, headers)
 
 
 # names
@@ -133,6 +134,8 @@ def test_a_record_without_any_header_of_ours_is_known_by_its_place() -> None:
     [
         [("quintet-attempt", b"many"), ("quintet-deadline", b"soon"), ("quintet-due", b"now")],
         [("quintet-attempt", b"-3"), ("quintet-attempt", "\N{SUPERSCRIPT TWO}".encode())],
+        [("quintet-attempt", b"9" * 5000), ("quintet-deadline", b"nan"), ("quintet-due", b"inf")],
+        [("quintet-deadline", b"-inf"), ("quintet-due", b"nan")],
         [("quintet-id", None), ("x", None), ("", b"\xff\xfe")],
     ],
 )
@@ -142,6 +145,18 @@ def test_what_makes_no_sense_in_a_foreign_record_is_passed_over(headers: list[tu
     assert (message.attempt, message.deadline, message.body, message.id) == (1, None, b"", "trips.v1.created-2-41")
     assert due(record) == 0.0
     assert key_of(record) == message.key == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_an_attempt_is_no_more_than_other_transports_carry() -> None:
+    assert from_record(Record(headers=[("quintet-attempt", b"9" * 20)]), CHANNEL, SYSTEM).attempt == 2**31 - 1
+
+
+def test_text_goes_through_whole_where_it_holds_a_nul_and_half_a_surrogate_pair_is_refused() -> None:
+    message = Message(channel=CHANNEL, id="a\0b", correlation_id="c\0d", headers={"x": "e\0f"})
+    assert from_record(sent(message), CHANNEL, SYSTEM) == message
+    for wrong in ({"id": "\ud800"}, {"headers": {"x": "\ud800"}}, {"headers": {"\ud800": "x"}}):
+        with pytest.raises(UnicodeEncodeError):
+            to_headers(Message(channel=CHANNEL, **wrong), SYSTEM)  # type: ignore[arg-type]
 
 
 def test_the_key_of_a_dead_letter_is_in_a_header_beside_the_records_own() -> None:
@@ -154,9 +169,9 @@ def test_a_record_in_a_retry_topic_says_when_it_is_due() -> None:
 
 def test_the_reply_topic_is_written_by_its_own_name() -> None:
     channel = "replies.trips+billing.1"
-    assert dict(to_headers(Message(channel=CHANNEL, reply_to=channel), SYSTEM))["quintet-reply-to"] == topic_name(
-        channel
-    )
+    assert dict(to_headers(Message(channel=CHANNEL, reply_to=channel), SYSTEM)) == {
+        "quintet-reply-to": topic_name(channel).encode()
+    }
 
 
 # what is done

@@ -17,6 +17,7 @@ A record in a retry topic has the header quintet-due, too: seconds since 1970, b
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Final, Protocol, TypeAlias
@@ -29,9 +30,11 @@ DUE: Final = "quintet-due"
 KEY: Final = FIELDS["key"]
 
 LONGEST_TOPIC = 249  # characters, Kafka's own limit
+MOST_ATTEMPTS = 2**31 - 1  # that other transports carry
 LONGEST_NOTE = 3500  # characters; Kafka takes 4,096 bytes of metadata with a committed offset
 
-Headers: TypeAlias = list[tuple[str, str]]
+Headers: TypeAlias = list[tuple[str, str | bytes]]
+"""What users write is in bytes: librdkafka would cut text where it holds a NUL."""
 
 
 class Record(Protocol):
@@ -81,11 +84,13 @@ def retry_group(channel: Channel, group: str) -> str:
 
 
 def to_headers(message: Message, clock: Clock) -> Headers:
-    """A record's headers, but for the message's key."""
-    headers = list(message.headers.items())
+    """A record's headers, but for the message's key. Raises UnicodeEncodeError where one holds a lone surrogate."""
+    headers: Headers = [(name, value.encode()) for name, value in message.headers.items()]
+    if headers:
+        "".join(message.headers).encode()  # a name that is no UTF-8 would crash librdkafka's Python
     add = headers.append
     if message.id:
-        add(("quintet-id", message.id))
+        add(("quintet-id", message.id.encode()))
     if message.operation:
         add(("quintet-operation", message.operation))
     if message.sender:
@@ -95,15 +100,15 @@ def to_headers(message: Message, clock: Clock) -> Headers:
     if message.version:
         add(("quintet-version", message.version))
     if message.reply_to:
-        add(("quintet-reply-to", topic_name(message.reply_to)))
+        add(("quintet-reply-to", topic_name(message.reply_to).encode()))
     if message.correlation_id:
-        add(("quintet-correlation", message.correlation_id))
+        add(("quintet-correlation", message.correlation_id.encode()))
     if message.status:
         add(("quintet-status", message.status))
     if message.attempt != 1:
-        add((ATTEMPT, str(message.attempt)))
+        add((ATTEMPT, b"%d" % message.attempt))
     if message.deadline is not None:
-        add((DEADLINE, f"{clock.to_wall(message.deadline):.3f}"))
+        add((DEADLINE, f"{clock.to_wall(message.deadline):.3f}".encode()))
     return headers
 
 
@@ -122,7 +127,7 @@ def from_record(record: Record, channel: Channel, clock: Clock) -> Message:
         elif name not in _NUMBERS:
             message.headers[name] = text
         elif name == ATTEMPT:
-            message.attempt = max(1, int(text)) if text.isdecimal() else 1
+            message.attempt = _attempt(text)
         elif name == DEADLINE:
             message.deadline = clock.from_wall(_number(text))
     if not message.id:
@@ -144,11 +149,19 @@ def due(record: Record) -> float:
     return 0.0
 
 
+def _attempt(text: str) -> int:
+    try:
+        return min(max(1, int(text)), MOST_ATTEMPTS)
+    except ValueError:  # also of more digits than Python reads
+        return 1
+
+
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 # positions

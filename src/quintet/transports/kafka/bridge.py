@@ -8,17 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import itertools
-import os
-import tempfile
 import threading
 import time
-import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from confluent_kafka import (
@@ -33,6 +27,8 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec  # type: ignore[attr-defined]  # no __all__ there
 
 from quintet.wire.kafka import Headers, Record
+
+from .seat import Seat
 
 __all__ = [  # of the library's, too, so that this is the one place that needs it
     "AdminClient",
@@ -92,12 +88,14 @@ class Outlet:
         self._thread.start()
 
     def put(
-        self, topic: str, body: bytes | None, key: str | None, headers: Headers, place: Mapping[str, int]
+        self, topic: str, body: bytes | None, key: str | None, headers: Headers, partition: int, timestamp: int
     ) -> asyncio.Future[None]:
         """Hands a record to the producer; the future is done once the broker has confirmed it, and fails with a
-        KafkaException. `place` may hold its partition and timestamp. Raises BufferError where the queue is full."""
+        KafkaException. `partition`: -1 for the one of its key; `timestamp`: milliseconds since 1970, 0 for now.
+        Raises BufferError where the queue is full, and UnicodeEncodeError."""
         future: asyncio.Future[None] = self.loop.create_future()
-        self.produce(topic, body, key, headers=headers, on_delivery=partial(self._on_delivery, future), **place)
+        report = partial(self._on_delivery, future)
+        self.produce(topic, body, key, partition, report, None, timestamp, headers)  # named, they take twice the time
         self._outstanding += 1
         if self._outstanding == 1:
             self._work.set()
@@ -211,50 +209,6 @@ class Listener(Protocol):
         ...
 
 
-class Seat:
-    """A member's name in its group (KIP-345), kept in a file that is locked for as long as its process lives.
-
-    Whoever is started in the stead of a process that was killed finds the seat free, and goes on at once with the same
-    partitions; without a name the group would wait until it is sure that the member is dead. And a member that comes
-    back after the broker was away is known again.
-    """
-
-    def __init__(self, group: str) -> None:
-        self.id = uuid.uuid4().hex
-        self._file, self._path = -1, Path()
-        with contextlib.suppress(ImportError, OSError):  # without files each is just somebody new
-            self._take(group)
-
-    def _take(self, group: str) -> None:
-        import fcntl  # not on Windows
-
-        folder = Path(tempfile.gettempdir()) / f"quintet-kafka-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.getuid():
-            return
-        for number in itertools.count():
-            path = folder / f"{hashlib.sha256(group.encode()).hexdigest()[:16]}.{number}"
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(file)
-                continue
-            self._file, self._path = file, path
-            if name := os.read(file, 100).decode("ascii", "replace"):
-                self.id = name
-            else:
-                os.write(file, self.id.encode())
-            return
-
-    def free(self) -> None:
-        """The member has left its group: nobody needs to go on with its name."""
-        if self._file >= 0:
-            self._path.unlink(missing_ok=True)  # while it is locked: who has opened it meanwhile has a name of its own
-            os.close(self._file)
-            self._file = -1
-
-
 class Inlet:
     """A consumer, and the thread that polls it: a member of `group`, or of none where that is empty."""
 
@@ -343,6 +297,8 @@ class Inlet:
             try:
                 record = consumer.poll(POLL)
                 if record is None:
+                    if self.seat is not None:
+                        self.seat.hold()
                     continue
                 records = [record, *consumer.consume(BURST - 1, 0)]  # with a time it would wait for so many
             except KafkaException as error:
