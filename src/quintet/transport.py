@@ -163,7 +163,7 @@ class Transport(ABC):
         return ()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__module__.rpartition('.')[2]} {self.address}>"
+        return f"<transport {self.address}>"
 
     async def open(self) -> None:  # noqa: B027 - most have something to open, memory has not
         """Gets ready to send and serve; raises TransportError or Unavailable where it cannot."""

@@ -6,7 +6,7 @@ what is to come again waits in a retry topic of its group, or, with a key, here,
 other.
 """
 
-from .carrier import Carrier, Clients
-from .options import Record, Topic
+from quintet.transports.kafka.carrier import Carrier, Clients
+from quintet.transports.kafka.options import Record, Topic
 
 __all__ = ["Carrier", "Clients", "Record", "Topic"]

@@ -26,9 +26,8 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, OffsetSpec  # type: ignore[attr-defined]  # no __all__ there
 
+from quintet.transports.kafka.seat import Seat
 from quintet.wire.kafka import Headers, Record
-
-from .seat import Seat
 
 __all__ = [  # of the library's, too, so that this is the one place that needs it
     "AdminClient",

@@ -6,8 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any, Final
 
 from quintet.errors import CallError, ConnectionLost, InvalidMessage, Overloaded, TooLarge, Unavailable
-
-from .settings import GIVE_UP
+from quintet.transports.kafka.settings import GIVE_UP
 
 if TYPE_CHECKING:
     from confluent_kafka import KafkaError

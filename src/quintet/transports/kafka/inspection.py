@@ -11,6 +11,7 @@ from quintet.connection import tls
 from quintet.errors import CallError, TransportError
 from quintet.message import Channel, Message
 from quintet.transport import ChannelState, Finding
+from quintet.transports.kafka.settings import ANSWER, PORT
 from quintet.wire.kafka import (
     VERSIONS_ASKED,
     from_record,
@@ -21,11 +22,9 @@ from quintet.wire.kafka import (
     version,
 )
 
-from .settings import ANSWER, PORT
-
 if TYPE_CHECKING:
-    from .bridge import Place
-    from .carrier import Carrier
+    from quintet.transports.kafka.bridge import Place
+    from quintet.transports.kafka.carrier import Carrier
 
 TAIL_KEPT = 10_000  # messages that one tail may lag behind; the oldest goes first
 TAIL_LOOKS = 0.5  # seconds between two looks for new topics

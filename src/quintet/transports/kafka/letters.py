@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 from quintet.letters import DEAD_LETTERS, letter, revive
 from quintet.message import Channel, Message
 from quintet.transport import DeadLetter
+from quintet.transports.kafka.settings import STORE
 from quintet.wire.kafka import KEY, from_record, key_of, retry_channel
 from quintet.wire.names import DEAD, DEAD_ID
 
-from .settings import STORE
-
 if TYPE_CHECKING:
-    from .carrier import Carrier
+    from quintet.transports.kafka.carrier import Carrier
 
 
 class Letters:

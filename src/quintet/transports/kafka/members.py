@@ -14,14 +14,13 @@ from quintet.errors import CallError, TransportError
 from quintet.intake import Intake
 from quintet.message import Channel, Message
 from quintet.transport import Receive
+from quintet.transports.kafka.settings import ANSWER, START
 from quintet.wire.kafka import DUE, Progress, due, from_record, key_of
 
-from .settings import ANSWER, START
-
 if TYPE_CHECKING:
-    from .bridge import Place
-    from .carrier import Carrier
-    from .topics import Found
+    from quintet.transports.kafka.bridge import Place
+    from quintet.transports.kafka.carrier import Carrier
+    from quintet.transports.kafka.topics import Found
 
 PREFETCH, PREFETCH_BYTES = 1000, 32 * 1024 * 1024  # of one topic, not yet settled here, before it is paused
 COMMIT_EVERY = 0.1  # seconds

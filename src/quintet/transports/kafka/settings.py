@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from quintet.connection import credentials
+from quintet.connection import credentials, tls_if
 from quintet.errors import AddressError
 from quintet.transport import Address
 
@@ -56,6 +56,7 @@ def config(address: Address) -> dict[str, Any]:
             raise AddressError(f"{address}: option sasl={mechanism!r} must be one of {', '.join(MECHANISMS)}")
         config |= {"sasl.mechanism": mechanism, "sasl.username": user, "sasl.password": password}
     config |= _tls(address) if secured else {}
+    tls_if(secured, address)
     if "rdkafka.debug" in options or "rdkafka.log_level" in options:
         del config["logger"]
     return config | {

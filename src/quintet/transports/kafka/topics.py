@@ -11,16 +11,15 @@ from msgspec import Struct
 
 from quintet.errors import CallError, TransportError, Unavailable
 from quintet.message import Channel, native_of
+from quintet.transports.kafka.failures import no_topic
+from quintet.transports.kafka.options import TOPIC, Topic
+from quintet.transports.kafka.settings import ANSWER, LARGEST, START
 from quintet.wire.kafka import topic_name
 from quintet.wire.names import DEAD
 
-from .failures import no_topic
-from .options import TOPIC, Topic
-from .settings import ANSWER, LARGEST, START
-
 if TYPE_CHECKING:
-    from .bridge import Place
-    from .carrier import Carrier
+    from quintet.transports.kafka.bridge import Place
+    from quintet.transports.kafka.carrier import Carrier
 
 BRIEFLY = 10 * 60 * 1000  # milliseconds that a topic keeps what nobody can want later: requests, surveys, replies
 KNOWN = 10_000  # topics that are remembered
