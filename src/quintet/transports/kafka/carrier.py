@@ -22,7 +22,7 @@ from quintet.errors import (
 )
 from quintet.message import Channel, Message, native_of
 from quintet.transport import Address, ChannelState, DeadLetter, Finding, Receive, Trait, Transport
-from quintet.transports.kafka.failures import HUNG_UP, UNHEARD, no_topic, text, told, translated
+from quintet.transports.kafka.failures import HUNG_UP, UNHEARD, no_topic, purged, text, told, translated
 from quintet.transports.kafka.inspection import Tail, channels, examine
 from quintet.transports.kafka.letters import Letters
 from quintet.transports.kafka.members import Group, Listening, Serving
@@ -178,7 +178,8 @@ class Carrier(Transport):
             except UnicodeEncodeError as error:
                 raise InvalidMessage(f"{message!r} cannot be written as UTF-8: {error}") from None
             except self.bridge.KafkaException as raised:
-                if no_topic(raised):
+                # what waits for a topic that goes away at this moment goes with it
+                if no_topic(raised) or (purged(raised) and outlet is self._outlet):
                     self.topics.known.pop(message.channel.name, None)
                     if message.channel.temporary and not message.channel.fanout:
                         return None  # nobody holds it any more

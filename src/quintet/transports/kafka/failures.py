@@ -36,8 +36,8 @@ def translated(raised: Any, where: str, away: str = "") -> CallError:
         return InvalidMessage(f"{where}: {text}")
     if code == error._MSG_TIMED_OUT:
         return ConnectionLost(f"{where}: not confirmed within {GIVE_UP:g} s")
-    if code in (error._PURGE_INFLIGHT, error._PURGE_QUEUE, error._DESTROY):
-        return ConnectionLost(f"{where}: it was closed before the broker had confirmed")
+    if purged(raised):
+        return ConnectionLost(f"{where}: its producer or its topic was closed before the broker had confirmed")
     if code in (error.NOT_ENOUGH_REPLICAS, error.THROTTLING_QUOTA_EXCEEDED, error.POLICY_VIOLATION):
         return Overloaded(f"{where}: {text}")
     if error.fatal() or code in (error.OUT_OF_ORDER_SEQUENCE_NUMBER, error.NOT_ENOUGH_REPLICAS_AFTER_APPEND):
@@ -49,6 +49,12 @@ def no_topic(raised: Any) -> bool:
     """The topic is not there, or not that partition of it."""
     error = raised.args[0]
     return error.code() in (error.UNKNOWN_TOPIC_OR_PART, error._UNKNOWN_TOPIC, error._UNKNOWN_PARTITION)
+
+
+def purged(raised: Any) -> bool:
+    """librdkafka threw it away, with the producer or the topic that it was for."""
+    error = raised.args[0]
+    return error.code() in (error._PURGE_INFLIGHT, error._PURGE_QUEUE, error._DESTROY)
 
 
 def told(error: KafkaError) -> str:
