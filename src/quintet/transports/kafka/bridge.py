@@ -75,6 +75,7 @@ class Outlet:
         """`trouble` is told on the loop of what happens to its connections."""
         self.loop = asyncio.get_running_loop()
         self._trouble = trouble
+        self._turn: list[tuple[asyncio.Future[None], tuple[Any, ...]]] = []  # what was put in this turn of the loop
         self._reports: list[tuple[asyncio.Future[None], KafkaError | None]] = []
         self._outstanding = 0
         self._work = threading.Event()
@@ -89,16 +90,29 @@ class Outlet:
     def put(
         self, topic: str, body: bytes | None, key: str | None, headers: Headers, partition: int, timestamp: int
     ) -> asyncio.Future[None]:
-        """Hands a record to the producer; the future is done once the broker has confirmed it, and fails with a
-        KafkaException. `partition`: -1 for the one of its key; `timestamp`: milliseconds since 1970, 0 for now.
-        Raises BufferError where the queue is full, and UnicodeEncodeError."""
+        """Hands a record to the producer at the end of this turn of the loop, with all others of the turn: librdkafka
+        would send the first by itself. The future is done once the broker has confirmed it; it fails with a
+        KafkaException, BufferError where the queue is full, or UnicodeEncodeError. `partition`: -1 for the one of its
+        key; `timestamp`: milliseconds since 1970, 0 for now."""
         future: asyncio.Future[None] = self.loop.create_future()
+        if not self._turn:
+            self.loop.call_soon(self._hand_over)
         report = partial(self._on_delivery, future)
-        self.produce(topic, body, key, partition, report, None, timestamp, headers)  # named, they take twice the time
-        self._outstanding += 1
-        if self._outstanding == 1:
-            self._work.set()
+        self._turn.append((future, (topic, body, key, partition, report, None, timestamp, headers)))
         return future
+
+    def _hand_over(self) -> None:
+        turn, self._turn = self._turn, []
+        produce = self.produce
+        for future, record in turn:
+            if not future.done():  # else its sender has gone
+                try:
+                    produce(*record)  # arguments with names take twice the time
+                except Exception as error:
+                    future.set_exception(error)
+                else:
+                    self._outstanding += 1
+        self._work.set()
 
     async def room(self) -> None:
         """Waits until something was confirmed."""
@@ -107,6 +121,7 @@ class Outlet:
 
     async def close(self) -> None:
         """Waits a little for what was produced to be confirmed; the rest fails."""
+        self._hand_over()
         self._closing = True
         self._work.set()
         await asyncio.shield(self._over)
