@@ -63,6 +63,7 @@ LATER = (
 )
 """Why a commit may fail that is taken a moment later."""
 FEW = 16  # records outstanding up to which each is sent at once; of more a batch is made in "linger.ms"
+MANY = 128  # records of one turn of the loop that are handed over together; so the broker has work meanwhile
 FAREWELL = 1.0  # seconds that leaving a group may take
 FLUSH = 2.0  # seconds that what was produced has to be confirmed when the producer is closed
 ANSWER = 5.0  # seconds that a group's coordinator may take
@@ -90,15 +91,17 @@ class Outlet:
     def put(
         self, topic: str, body: bytes | None, key: str | None, headers: Headers, partition: int, timestamp: int
     ) -> asyncio.Future[None]:
-        """Hands a record to the producer at the end of this turn of the loop, with all others of the turn: librdkafka
-        would send the first by itself. The future is done once the broker has confirmed it; it fails with a
-        KafkaException, BufferError where the queue is full, or UnicodeEncodeError. `partition`: -1 for the one of its
-        key; `timestamp`: milliseconds since 1970, 0 for now."""
+        """Hands a record to the producer at the end of this turn of the loop, with the others of the turn, or with so
+        MANY: librdkafka would send the first by itself. The future is done once the broker has confirmed it; it fails
+        with a KafkaException, BufferError where the queue is full, or UnicodeEncodeError. `partition`: -1 for the one
+        of its key; `timestamp`: milliseconds since 1970, 0 for now."""
         future: asyncio.Future[None] = self.loop.create_future()
         if not self._turn:
             self.loop.call_soon(self._hand_over)
         report = partial(self._on_delivery, future)
         self._turn.append((future, (topic, body, key, partition, report, None, timestamp, headers)))
+        if len(self._turn) == MANY:
+            self._hand_over()
         return future
 
     def _hand_over(self) -> None:

@@ -85,7 +85,7 @@ def _tls(address: Address) -> dict[str, Any]:
 def producing(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "enable.idempotence": True,
-        "linger.ms": 1,  # where many are outstanding (bridge.FEW): a third of the work, for all three
+        "linger.ms": 0.7,  # so long it takes to be given what makes one batch (bridge.MANY): a third of all the work
         "max.in.flight.requests.per.connection": 1,  # what comes meanwhile goes together
         "message.max.bytes": 2 * LARGEST,
         "message.timeout.ms": int(GIVE_UP * 1000),
