@@ -836,7 +836,7 @@ async def test_a_dead_letter_whose_reason_or_headers_cannot_be_written_is_kept_w
     async with bench_at(address) as bench:
         carrier, channel, receiver = await opened(bench), bench.channel(durable=True), Receiver(Dead("no \udcff file"))
         await bench.serve(carrier, channel, receiver)
-        await bench.send(carrier, channel, b"1", headers={"x-large": "x" * 120_000})
+        await bench.send(carrier, channel, b"1", headers={"x-large": "x" * 130_700})
         async with asyncio.timeout(WITHIN):
             while not (letters := await carrier.dead(channel.name)):
                 await asyncio.sleep(0.05)
