@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ STATE = Path(os.environ.get("QUINTET_BROKERS") or CHECKOUT / ".brokers").resolve
 HOST = "127.0.0.1"
 
 
-class Broker:
+class Broker(ABC):
     name: str
     package: str | None = None
     """Debian's."""
@@ -36,29 +37,30 @@ class Broker:
 
     # what each says of itself
 
+    @abstractmethod
     def version(self) -> str | None:
         """None where it is not installed."""
-        raise NotImplementedError
 
-    def fetch(self) -> None:
+    def fetch(self) -> None:  # noqa: B027 - most are Debian's
         """Installs what Debian does not have."""
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - who needs none has none
         """Writes its configuration, each time it is started."""
 
+    @abstractmethod
     def commands(self) -> list[list[str]]:
         """The last is the broker; those before it live and die with it."""
-        raise NotImplementedError
 
     def environment(self) -> dict[str, str]:
         return {}
 
+    @abstractmethod
     def addresses(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """Its `address`, and further ones by name."""
 
+    @abstractmethod
     def answers(self) -> bool:
         """Asks in the broker's own protocol; an OSError is a no."""
-        raise NotImplementedError
 
     # what it says that with
 

@@ -166,7 +166,7 @@ async def test_a_bridge_whose_other_side_is_away_ends_soon_and_loses_nothing(
     try:
         async with asyncio.timeout(WITHIN):
             while "moving" not in (tmp_path / "bridge.log").read_text():
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # another process: no event reaches across
         await asyncio.to_thread(there.kill)
         source = open_address(here)
         await source.open()
@@ -175,7 +175,7 @@ async def test_a_bridge_whose_other_side_is_away_ends_soon_and_loses_nothing(
             await source.send(Message(channel=channel, id=identity, deadline=far))
         async with asyncio.timeout(WITHIN):
             while not any(state.in_work for state in await source.channels()):  # type: ignore[attr-defined]
-                await asyncio.sleep(0.05)
+                await asyncio.sleep(0.05)  # likewise
         begun = source.clock.now()
         bridge.send_signal(number)
         assert await asyncio.to_thread(bridge.wait, 20) == code

@@ -187,11 +187,11 @@ async def test_a_channel_whose_opening_or_closing_nobody_waits_for_gives_its_num
     broker = Broker()
     wire = await greeted(broker)
     opening = asyncio.ensure_future(wire.line())
-    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # one turn: it has asked
     opening.cancel()
     line = await wire.line()
     closing = asyncio.ensure_future(line.close())
-    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # one turn: it has asked
     closing.cancel()
     await line.close()
     await wire.call("basic.qos")  # answered after all that

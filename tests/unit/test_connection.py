@@ -270,7 +270,7 @@ async def test_who_waits_for_room_when_the_socket_is_reset_hears_that_it_is_lost
         broker.writers[0].transport.pause_reading()  # type: ignore[attr-defined]
         while not session.link.full:
             session.link.write(bytes(1 << 20))
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # one turn, in which it is written
         room = asyncio.ensure_future(session.link.room())
         session.link.drop(ConnectionResetError("reset by peer"))
         with pytest.raises(Lost, match="reset by peer"):
@@ -283,7 +283,7 @@ async def test_an_opening_that_is_cancelled_at_its_end_leaves_no_socket() -> Non
     link = Connection(parse_address(f"amqp://127.0.0.1:{broker.port}"), 5672, Echoed, SYSTEM, Told())
     opening = asyncio.ensure_future(link.open())
     while link._keeper is None:
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # turn by turn, to cancel it in its very last
     opening.cancel()
     with pytest.raises(asyncio.CancelledError):
         await opening

@@ -557,27 +557,26 @@ async def test_without_a_scheduler_what_waits_is_kept_here_unacknowledged() -> N
 
 
 async def test_who_stops_to_receive_over_a_line_that_was_lost_misses_it_no_more() -> None:
-    told: list[str] = []
+    told: asyncio.Queue[str] = asyncio.Queue()
 
     async def receive(message: Message) -> Verdict:
         return DONE
 
     async with standing() as broker, connected(broker, "?dialect=rabbitmq") as carrier:
-        carrier.tell = lambda kind, subject, reason="": told.append(kind)
+        carrier.tell = lambda kind, subject, reason="": told.put_nowait(kind)
         serving = await carrier.serve(WORK, receive, "")
         broker.answer = lambda frame: [] if frame.command == "CONNECT" else None
         broker.connections[-1].transport.abort()
         async with asyncio.timeout(5):
-            while carrier.connected:
-                await asyncio.sleep(0.001)
+            assert await told.get() == "broker-lost"
+        assert not carrier.connected
         await serving.stop()
         assert carrier.connected
-        assert told == ["broker-lost", "broker-back"]
+        assert told.get_nowait() == "broker-back"
         broker.connections[0].transport.abort()
         async with asyncio.timeout(5):
-            while carrier.connected:
-                await asyncio.sleep(0.001)
-    assert told == ["broker-lost", "broker-back", "broker-lost"]  # its end is no return
+            assert await told.get() == "broker-lost"
+    assert told.empty()  # its end is no return
 
 
 async def test_a_copy_that_the_broker_refuses_is_sent_again_and_only_then_acknowledged(
@@ -700,7 +699,14 @@ async def test_a_subscription_that_is_refused_after_a_reconnect_keeps_no_other_f
     async with standing() as broker, connected(broker) as carrier:
         await carrier.serve(WORK, receive, "")
         await carrier.serve(Channel("other"), receive, "")
-        carrier.tell = lambda kind, subject, reason="": told.append(f"{kind}: {reason}")
+        back = asyncio.Event()
+
+        def tell(kind: str, subject: str, reason: object = "") -> None:
+            told.append(f"{kind}: {reason}")
+            if kind == "broker-back":
+                back.set()
+
+        carrier.tell = tell
         broker.answer = lambda frame: (
             error(frame, "no such thing")
             if frame.command == "SUBSCRIBE" and frame.headers["destination"] == "/queue/work"
@@ -714,10 +720,11 @@ async def test_a_subscription_that_is_refused_after_a_reconnect_keeps_no_other_f
         assert ack.headers["id"] == "served"
         assert not carrier.connected
         assert "broker-lost: the broker does not let us receive work: no such thing" in told
+        back.clear()
         broker.answer = lambda frame: None
         async with asyncio.timeout(5):
-            while not carrier.connected:
-                await asyncio.sleep(0.001)
+            await back.wait()
+        assert carrier.connected
         broker.deliver({"subscription": "1"})
         await broker.got("ACK", 2)
 
