@@ -14,9 +14,9 @@ def broker() -> Callable[[str], running.Entry]:
     return running.broker
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def private_broker() -> Iterator[Callable[[str], running.Broker]]:
-    """`private_broker("rabbitmq")`: this module's own, the same at each call, and running at each call."""
+    """`private_broker("rabbitmq")`: for whoever kills it, apart from the shared one; running at each call."""
     own: dict[str, running.Broker] = {}
 
     def give(name: str) -> running.Broker:

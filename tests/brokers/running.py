@@ -1,4 +1,4 @@
-"""The brokers that tests talk to, all of them by scripts/brokers: those that all tests share, and private ones.
+"""The brokers that tests talk to, all of them by scripts/brokers: those that all tests share, and those to be killed.
 
 The shared ones are in a folder of their own and begin without data: a broker that keeps what many sessions left behind
 gets slow. One that another session has started is used as it stands.
@@ -85,7 +85,7 @@ def broker(name: str) -> Entry:
 
 
 def private(name: str) -> Broker:
-    """A broker of one's own, running, to be killed without disturbing others; `dispose` it."""
+    """A broker in a folder of its own, running, to be killed without disturbing others; `dispose` it."""
     folder = Path(tempfile.mkdtemp(prefix=f"quintet-{name}-"))
     folder.chmod(0o755)  # PostgreSQL, where root starts it, runs as a user who must come in
     own = Broker(name, folder)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import time
 import urllib.error
@@ -18,6 +19,7 @@ from urllib.parse import quote, urlsplit
 
 import aio_pika
 import pytest
+from commands import quintet
 from running import Broker, Entry
 
 from quintet import Contract, Policy, Redelivery, Service, connect, current, event, notification, request, serve
@@ -207,7 +209,10 @@ async def test_a_broker_that_takes_no_messages_makes_a_send_wait_until_its_time_
             await carrier.send(bench.message(channel, b"given up", until=until))
         assert bench.clock.now() < until, "its sender's own time-out came first, and said that it does not know"
         waiting = bench.start(carrier.send(bench.message(channel, b"waits", until=bench.clock.now() + 30)))
-        assert not next(finding for finding in await carrier.examine() if finding.what == "takes messages").well
+        doctor = await asyncio.to_thread(quintet, "doctor", "--at", own.address)
+        assert (doctor.returncode, doctor.stderr) == (0, "")
+        assert re.search(r"^! round trip: .* takes no messages: low on memory$", doctor.stdout, re.MULTILINE)
+        assert "! takes messages: low on memory" in doctor.stdout
         await asyncio.to_thread(alarm, "0.8")
         await asyncio.gather(first, waiting)
         await bench.got(receiver, 3)

@@ -8,24 +8,31 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from commands import quintet
 from subjects import BROKERS
 
-SCHEMES = {"rabbitmq": "amqp", "activemq": "stomp", "kafka": "kafka", "nsq": "nsq"}
+SCHEMES = ("amqp", "stomp", "kafka", "nsq")
 NO_ANSWER, REFUSED = 4, 5
 ENDS_WITHIN = 15.0
 
 
-def refused(address: str, code: int) -> str:
+def refused(address: str, *codes: int) -> str:
     """The one sentence that it ends with."""
     done = quintet("doctor", "--at", address, within=ENDS_WITHIN)
-    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    assert done.returncode in codes, (address, done.returncode, done.stdout, done.stderr)
     assert done.stdout == ""
     assert re.fullmatch(r"quintet: \S.*\n", done.stderr), done.stderr
     return done.stderr
+
+
+def refused_each(port: int, *codes: int) -> list[str]:
+    """What each kind of broker is said to be that is asked for at this port, all at the same time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda scheme: refused(f"{scheme}://127.0.0.1:{port}", *codes), SCHEMES))
 
 
 @pytest.mark.parametrize("name", BROKERS)
@@ -53,15 +60,6 @@ def test_a_user_who_may_only_send_sees_what_is_there_and_what_he_may_not_do(brok
     assert "ACCESS_REFUSED" in done.stdout
     assert "  version: RabbitMQ" in done.stdout
     assert "s3cr3t" not in done.stdout
-
-
-def test_it_says_that_a_broker_is_in_a_memory_alarm(private_broker: Callable[[str], Any]) -> None:
-    own = private_broker("rabbitmq")
-    control(own.entry, "set_vm_memory_high_watermark", "0.0001")
-    done = quintet("doctor", "--at", own.address, within=ENDS_WITHIN)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"^! round trip: .* takes no messages: low on memory$", done.stdout, re.MULTILINE), done.stdout
-    assert "! takes messages: low on memory" in done.stdout
 
 
 def test_more_copies_than_there_are_brokers_is_a_finding(broker: Callable[[str], Any]) -> None:
@@ -94,11 +92,11 @@ def test_a_virtual_host_that_there_is_not_is_refused(broker: Callable[[str], Any
     assert "nowhere" in refused(f"{broker('rabbitmq')['address']}/nowhere", REFUSED)
 
 
-@pytest.mark.parametrize("name", BROKERS)
-def test_where_nobody_listens_it_says_so(name: str) -> None:
+def test_where_nobody_listens_it_says_so() -> None:
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]
-    assert f"127.0.0.1:{port}" in refused(f"{SCHEMES[name]}://127.0.0.1:{port}", NO_ANSWER)
+    for said in refused_each(port, NO_ANSWER):
+        assert f"127.0.0.1:{port}" in said
 
 
 @pytest.fixture
@@ -135,9 +133,5 @@ def stranger() -> Iterator[Callable[[bytes], int]]:
 @pytest.mark.parametrize(
     "words", [b"", b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"], ids=["silent", "http"]
 )
-@pytest.mark.parametrize("name", BROKERS)
-def test_where_something_else_listens_it_says_so(name: str, words: bytes, stranger: Callable[[bytes], int]) -> None:
-    address = f"{SCHEMES[name]}://127.0.0.1:{stranger(words)}"
-    done = quintet("doctor", "--at", address, within=ENDS_WITHIN)
-    assert done.returncode in (NO_ANSWER, REFUSED)
-    assert re.fullmatch(r"quintet: \S.*\n", done.stderr), done.stderr
+def test_where_something_else_listens_it_says_so(words: bytes, stranger: Callable[[bytes], int]) -> None:
+    refused_each(stranger(words), NO_ANSWER, REFUSED)
