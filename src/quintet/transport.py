@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from quintet.clock import SYSTEM, Clock
 from quintet.errors import AddressError, Unavailable
-from quintet.message import Channel, Message
+from quintet.message import Channel, Message, Native
 
 
 class Trait(Enum):
@@ -142,6 +142,7 @@ class Transport(ABC):
     binding: ClassVar[str] = "body"  # the file in bindings/ that turns values into this transport's messages
     options: ClassVar[frozenset[str]] = frozenset()  # the names an address may carry behind the "?"; "x.*": any "x."
     variants: ClassVar[frozenset[str]] = frozenset()  # what may stand behind the "+" of its scheme
+    as_it_is: ClassVar[tuple[Native, ...]] = ()  # the options of a channel that is there, and taken whatever it is
 
     def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
         self.address = address

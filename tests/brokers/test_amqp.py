@@ -31,7 +31,6 @@ from quintet.replies import Replies
 from quintet.testing import CHECKS, Bench, Check, skips
 from quintet.testing.bench import Receiver
 from quintet.transport import DONE, Again, Dead, Verdict, open_address
-from quintet.transports import amqp
 from quintet.transports.amqp import Carrier, Publish, Queue
 from quintet.wire.amqp_topology import place_of
 
@@ -343,7 +342,7 @@ async def test_a_consumer_that_the_broker_cancels_serves_on(address: str) -> Non
 async def test_a_queue_that_is_deleted_and_declared_again_at_once_is_served_again_although_the_broker_says_nothing(
     address: str, monkeypatch: pytest.MonkeyPatch, keyed: bool
 ) -> None:
-    monkeypatch.setattr(amqp, "IDLE", 0.1)
+    monkeypatch.setattr("quintet.transports.amqp.serving.IDLE", 0.1)
     async with bench_at(address) as bench:
         carrier, name, receiver = await opened(bench), bench.name(), Receiver()
         channel = Channel(name, durable=True, keyed=keyed)
@@ -380,7 +379,7 @@ async def test_who_sends_to_a_deleted_queue_gives_its_receivers_the_time_to_hear
 async def test_a_subscription_that_is_renewed_all_the_time_loses_nothing_and_handles_nothing_twice(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(amqp, "IDLE", 0.002)
+    monkeypatch.setattr("quintet.transports.amqp.serving.IDLE", 0.002)
     async with bench_at(address) as bench:
         carrier, channel, receiver = await opened(bench), bench.channel(durable=True), Receiver()
         serving = await bench.serve(carrier, channel, receiver)
@@ -553,7 +552,7 @@ async def test_who_goes_on_looking_at_the_dead_letters_is_told_to_the_next(
 ) -> None:
     async with bench_at(address) as bench:
         one, two = await opened(bench), await opened(bench)
-        monkeypatch.setattr(amqp, "LETTERS_SECONDS", 0.1)
+        monkeypatch.setattr("quintet.transports.amqp.letters.LETTERS_SECONDS", 0.1)
         await one.native.call("queue.declare", queue="quintet.dead.looking", exclusive=True)
         with pytest.raises(TransportError, match="another looks at the dead letters, try again later"):
             await two.dead()

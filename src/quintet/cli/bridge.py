@@ -208,13 +208,8 @@ async def _serve(here: Transport, way: _Way, mover: _Mover, group: str, limit: i
                 f"{channel.name} at {here.address} is another channel than --channel says ({error.__cause__}):"
                 f" {keyed}, or name its operation as MODULE:CONTRACT.OPERATION"
             ) from None
-        return await here.serve(_as_it_is(channel, here), receive, group, limit)  # its handler has native options
-
-
-def _as_it_is(channel: Channel, here: Transport) -> Channel:
-    """The channel, to be taken as it is there, where its transport has an option that says so."""
-    queue = getattr(sys.modules[type(here).__module__], "Queue", None)
-    return structs.replace(channel, native=(queue(declare=False),)) if queue else channel
+        as_it_is = structs.replace(channel, native=here.as_it_is)  # its handler has native options
+        return await here.serve(as_it_is, receive, group, limit)
 
 
 class _Mover:
