@@ -256,7 +256,10 @@ def test_another_library_reads_our_messages_and_we_read_its() -> None:
         key="k",
         headers={"x-city": "Zürich"},
     )
-    written = amqp.content(b"", 1, properties(message, durable=True, expiration=1500, priority=4), b"", 4096)
+    header_ = properties(
+        message, durable=True, deadline=1_700_000_001.5, timestamp=1_700_000_000, expires=True, priority=4
+    )
+    written = amqp.content(b"", 1, header_, b"", 4096)
     theirs = frame.unmarshal(written)[2]
     assert isinstance(theirs, header.ContentHeader)
     found = theirs.properties
@@ -360,10 +363,22 @@ def test_a_message_is_read_as_it_was_written_however_long_its_fields_are(message
         assert getattr(got, field) == getattr(message, field), field
 
 
-def test_a_deadline_travels_as_wall_clock_time() -> None:
-    deadline = SYSTEM.now() + 30
-    got = message_of(Message(channel=CHANNEL), deadline=SYSTEM.to_wall(deadline))
+@pytest.mark.parametrize("expires", [False, True])
+@pytest.mark.parametrize("seconds", [0.25, 30, 5_000_000])  # of the last RabbitMQ would refuse the milliseconds
+def test_a_deadline_travels_as_wall_clock_time(seconds: float, expires: bool) -> None:
+    deadline, sent = SYSTEM.now() + seconds, int(SYSTEM.wall())
+    got = message_of(Message(channel=CHANNEL), deadline=SYSTEM.to_wall(deadline), timestamp=sent, expires=expires)
     assert got.deadline == pytest.approx(deadline, abs=0.1)
+
+
+@pytest.mark.parametrize(("sent", "left"), [(1, "soon"), (1, "-5"), (1, ""), (None, "500"), (1, None)])
+def test_an_expiration_that_says_no_time_is_no_deadline(sent: int | None, left: str | None) -> None:
+    foreign = commands.Basic.Properties(
+        timestamp=sent and datetime.datetime.fromtimestamp(sent, datetime.UTC), expiration=left
+    )
+    (event,) = Parser().feed(begin() + frame.marshal(header.ContentHeader(0, 0, foreign), 1))
+    assert isinstance(event, Content)
+    assert read(event, CHANNEL, SYSTEM).deadline is None
 
 
 @pytest.mark.parametrize("endless", [float("nan"), float("inf"), float("-inf"), "nan", "-inf", "1e999"])
@@ -377,7 +392,8 @@ def test_a_deadline_that_is_no_time_is_passed_over(endless: float | str) -> None
 @pytest.mark.parametrize("endless", [float("nan"), float("inf"), float("-inf")])
 def test_a_number_that_erlang_cannot_read_is_never_written(endless: float) -> None:
     message = Message(channel=CHANNEL)
-    assert properties(message, durable=True, deadline=endless) == properties(message, durable=True)
+    for expires in (False, True):
+        assert properties(message, durable=True, deadline=endless, expires=expires) == properties(message, durable=True)
     with pytest.raises(InvalidMessage, match="cannot stand in an AMQP table"):
         amqp.table({"x": endless})
 

@@ -12,8 +12,9 @@ value is longer than the 255 bytes that a property may have:
 | `operation`      | type           |   | `deadline` | quintet-deadline: a double, seconds since 1970      |
 | `sender`         | app-id         |   | `headers`  | each under its own name, as a long string           |
 
-Beside them: delivery-mode (2 where the channel is durable), priority (of `Publish(priority=)`), timestamp (when it was
-sent, on durable channels) and expiration (the milliseconds left until the deadline, on channels that are not durable).
+Beside them: delivery-mode (2 where the channel is durable), priority (of `Publish(priority=)`) and timestamp (when it
+was sent, in whole seconds). On channels that are not durable the deadline is the expiration, in milliseconds from the
+timestamp on, and no header: the broker drops by it, and reads it with less work.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import datetime
 import json
 import struct
 from collections.abc import Mapping
-from math import isfinite
+from math import ceil, isfinite
 from typing import Any, Final, TypeAlias
 
 from quintet.clock import Clock
@@ -95,6 +96,8 @@ DELAYS: Final = "quintet.delay"
 DELAY: Final = "quintet-delay"
 """Milliseconds that a copy waits: what the exchange of the delay queues routes by."""
 
+EXPIRATION_MOST: Final = 4_000_000  # seconds: RabbitMQ refuses more than 2**32 milliseconds
+
 _TEXTS: Final = frozenset(FIELDS)
 _FIELD_OF: Final = {
     **{header.encode(): field for field, header in FIELDS.items()},
@@ -155,16 +158,17 @@ def properties(
     *,
     durable: bool,
     deadline: float | None = None,
-    expiration: int = 0,
     timestamp: int = 0,
+    expires: bool = False,
     priority: int | None = None,
     reply_to: str = "",
     delay: int = 0,
 ) -> bytes:
     """A message's content header from the property flags on.
 
-    `deadline`: seconds of the wall clock. `expiration`: milliseconds, 0 for none. `timestamp`: seconds of the wall
-    clock, 0 for none. `reply_to`: stands for the message's own. Raises InvalidMessage, and UnicodeEncodeError.
+    `deadline`, `timestamp`: seconds of the wall clock; 0 for no timestamp. `expires`: the broker drops it at its
+    deadline, which needs a timestamp. `reply_to`: stands for the message's own. Raises InvalidMessage, and
+    UnicodeEncodeError.
     """
     stamp = _stamps.get((message.media_type, message.operation, message.sender, message.version)) or _stamp(message)
     flags, start, constant, end = stamp
@@ -187,10 +191,13 @@ def properties(
             middle += LENGTHS[len(data)] + data
         else:
             entries += _ENTRY["reply_to"] + long(data)
-    if expiration:
-        flags |= 0x0100
-        data = b"%d" % expiration
-        middle += LENGTHS[len(data)] + data
+    if deadline is not None and isfinite(deadline):  # over any other the broker closes the connection
+        if expires and deadline - timestamp < EXPIRATION_MOST:
+            flags |= 0x0100
+            data = b"%d" % max(1, ceil((deadline - timestamp) * 1000))
+            middle += LENGTHS[len(data)] + data
+        else:
+            entries += _DEADLINE + _DOUBLE.pack(deadline)
     data = message.id.encode()
     if data:
         if len(data) < 256:
@@ -207,8 +214,6 @@ def properties(
         entries += _ENTRY["status"] + long(message.status.encode())
     if message.attempt != 1:
         entries += _ATTEMPT + _INT.pack(min(message.attempt, 2**31 - 1))
-    if deadline is not None and isfinite(deadline):  # over any other the broker closes the connection
-        entries += _DEADLINE + _DOUBLE.pack(deadline)
     if delay:
         entries += short(DELAY) + b"I" + _INT.pack(delay)
     if message.headers:
@@ -242,7 +247,7 @@ def read(content: Content, channel: Channel, clock: Clock) -> Message:
     """
     data, end = content.properties, len(content.properties)
     message = Message(channel=channel, body=content.body, headers={})
-    crashes = content.redelivered
+    crashes, expiration = content.redelivered, b""
     try:
         flags = data[0] << 8 | data[1]
         start, more = 2, flags & 1
@@ -291,11 +296,14 @@ def read(content: Content, channel: Channel, clock: Clock) -> Message:
             stop = start + 1 + data[start]
             message.reply_to, start = data[start + 1 : stop].decode("utf-8", "replace"), stop
         if flags & 0x0100:
-            start += 1 + data[start]
+            stop = start + 1 + data[start]
+            expiration, start = data[start + 1 : stop], stop
         if flags & 0x0080:
             stop = start + 1 + data[start]
             message.id, start = data[start + 1 : stop].decode("utf-8", "replace"), stop
         if flags & 0x0040:
+            if flags & 0x0100 and message.deadline is None and expiration.isdigit():
+                message.deadline = clock.from_wall(U64.unpack_from(data, start)[0] + int(expiration) / 1000)
             start += 8
         if flags & 0x0020:
             stop = start + 1 + data[start]

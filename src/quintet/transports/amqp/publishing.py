@@ -254,18 +254,13 @@ class Publisher(Wire):
         body, clock = message.body, self.clock
         if len(body) > self.carrier.largest:
             raise TooLarge(f"{message!r} has {len(body)} bytes, {self.carrier.address} takes {self.carrier.largest}")
-        deadline, expiration = message.deadline, 0
-        if deadline is not None:
-            left = deadline - clock.now()
-            deadline = clock.wall() + left
-            if not durable:  # what lasts goes to the dead letters when it expires, and is only dropped when it is taken
-                expiration = max(1, int(left * 1000))
+        wall, deadline = clock.wall(), message.deadline
         header = properties(
             message,
             durable=durable,
-            deadline=deadline,
-            expiration=expiration,
-            timestamp=int(clock.wall()) if durable else 0,
+            deadline=None if deadline is None else wall + (deadline - clock.now()),
+            timestamp=int(wall) if durable or deadline is not None else 0,
+            expires=not durable,  # what lasts would go to the dead letters, and is only dropped when it is taken
             priority=native_of(message.native, Publish, _PLAIN).priority or None if message.native else None,
             reply_to=reply_to,
         )
