@@ -17,6 +17,9 @@ WANTED = {
 }
 
 
+SCRAM = ("SCRAM-SHA-256", "SCRAM-SHA-512")
+
+
 class Kafka(Broker):
     name = "kafka"
     needs = ("java", "mvn", "openssl")
@@ -55,11 +58,12 @@ class Kafka(Broker):
         config = self.settings("server.properties", self._server())
         if not (self.folder / "data" / "meta.properties").exists():
             cluster = "cXVpbnRldC1icm9rZXJzMQ"  # any 16 bytes in base64
+            users = [word for name in SCRAM for word in ("-S", f"{name}=[name=quintet,password=quintet]")]
             tool = self._java("kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(config))
-            run(tool, "Kafka's folder could not be laid out")
+            run([*tool, *users], "Kafka's folder could not be laid out")
 
     def _server(self) -> dict[str, object]:
-        login = "org.apache.kafka.common.security.plain.PlainLoginModule required"
+        security = "org.apache.kafka.common.security"
         outside = f"PLAIN://{self.at('plain')},SASL://{self.at('sasl')},TLS://{self.at('tls')}"
         return {
             "process.roles": "broker,controller",
@@ -72,8 +76,13 @@ class Kafka(Broker):
             "advertised.listeners": f"{outside},PROXIED://{self.at('proxy')}",
             "listener.security.protocol.map": "PLAIN:PLAINTEXT,SASL:SASL_PLAINTEXT,TLS:SSL,PROXIED:PLAINTEXT,"
             "CONTROLLER:PLAINTEXT",
-            "listener.name.sasl.sasl.enabled.mechanisms": "PLAIN",
-            "listener.name.sasl.plain.sasl.jaas.config": f'{login} user_quintet="quintet";',
+            "listener.name.sasl.sasl.enabled.mechanisms": ",".join(("PLAIN", *SCRAM)),
+            "listener.name.sasl.plain.sasl.jaas.config": f"{security}.plain.PlainLoginModule required"
+            ' user_quintet="quintet";',
+            **{
+                f"listener.name.sasl.{name.lower()}.sasl.jaas.config": f"{security}.scram.ScramLoginModule required;"
+                for name in SCRAM
+            },
             "listener.name.tls.ssl.keystore.type": "PEM",
             "listener.name.tls.ssl.keystore.location": certificate() / "pair.pem",
             "log.dirs": self.folder / "data",
@@ -105,7 +114,7 @@ class Kafka(Broker):
     def addresses(self) -> dict[str, Any]:
         return {
             "address": f"kafka://{self.at('plain')}",
-            "sasl": f"kafka://quintet:quintet@{self.at('sasl')}",  # mechanism PLAIN, without TLS
+            "sasl": f"kafka://quintet:quintet@{self.at('sasl')}",  # also by SCRAM; without TLS
             "tls": f"kafka://{self.at('tls')}",
             "proxied": {"listen": self.at("proxy"), "to": self.at("proxied")},
             "ca": str(certificate() / "ca.pem"),
