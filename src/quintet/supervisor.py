@@ -21,6 +21,9 @@ from quintet.errors import ConfigurationError, TransportError
 FIRST_DELAY, LONGEST_DELAY = 0.2, 10.0  # seconds until a crashed process is started again; doubled each time
 STEADY_AFTER = 30.0  # seconds of being ready after which a crash counts as the first one again
 GRACE = 35.0  # seconds that a process has to drain before it is killed: a little more than a service's own grace
+PLACES = "QUINTET_PLACES"
+"""The environment variable by which a process learns its addresses: their passwords are not for all who may list the
+machine's processes and their arguments."""
 CONFIGURATION_EXIT = 2  # what `quintet serve` ends with when starting it again would change nothing
 
 
@@ -180,7 +183,7 @@ class Process:
         return await asyncio.create_subprocess_exec(
             *self._command(descriptor),
             cwd=self._folder,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **self._service.env},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self._service.env, PLACES: self._places()},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -191,14 +194,17 @@ class Process:
     def _command(self, descriptor: int) -> Iterator[str]:
         service = self._service
         yield from (sys.executable, "-m", "quintet", "serve", service.app, "--supervisor", str(descriptor))
-        yield from (f"--at={address}" for address in service.at)
-        yield from (f"--connect={name}={address}" for name, all_ in service.connect.items() for address in all_)
         yield f"--format={service.format}"
         if service.record:
             yield f"--record={service.record}"
         if service.observe:
             yield f"--observe={service.observe}"
         yield from self._policies
+
+    def _places(self) -> str:
+        service = self._service
+        connect = [f"{name}={address}" for name, addresses in service.connect.items() for address in addresses]
+        return json.dumps({"at": service.at, "connect": connect})
 
     async def _announced(self, ours: socket.socket) -> None:
         """Waits for the one thing that `quintet serve` tells its supervisor: that it is ready, and where."""

@@ -63,6 +63,18 @@ gated = Service(name="gated", lifespan=drain_at_the_gate)
 """
 
 
+SHOP = """
+from quintet import Contract, Service, request
+
+class Wallet(Contract):
+    @request
+    async def pay(self, amount: int) -> None: ...
+
+service = Service(name="shop")
+wallet = service.uses(Wallet)
+"""
+
+
 class Watched:
     """What processes wrote and became, and a way to wait for it."""
 
@@ -202,6 +214,17 @@ async def test_instances_are_processes_of_their_own_with_free_ports(folder: Path
         ports = {address for process in processes for address in process.addresses}
         assert len(ports) == 2
         assert not any(address.endswith(":0") for address in ports)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the arguments of another process")
+async def test_no_password_of_an_address_is_among_the_arguments_that_all_may_list(folder: Path) -> None:
+    (folder / "shop.py").write_text(SHOP)
+    address = "http://user:secret@127.0.0.1:1"
+    wanted = Deployment({"shop": Deployed(app="shop:service", connect={"wallet": (address,)})}, folder)
+    async with running(wanted) as processes:
+        arguments = Path(f"/proc/{processes['shop'].pid}/cmdline").read_text()
+        assert "shop:service" in arguments
+        assert "secret" not in arguments
 
 
 LINUX = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits for a process that is not its child")

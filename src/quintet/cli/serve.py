@@ -22,6 +22,7 @@ from quintet.errors import ConfigurationError
 from quintet.policy_file import PolicyFile
 from quintet.server import Connections, Service
 from quintet.server import serve as serve_service
+from quintet.supervisor import PLACES
 from quintet.transport import parse_address
 
 log = logging.getLogger("quintet.serve")
@@ -81,6 +82,9 @@ def serve(
 
         run(serve_and_reload([argument for argument in sys.argv[1:] if argument != "--reload"]))
         return
+    if supervisor >= 0:
+        places = standard_json.loads(os.environ[PLACES])
+        at, connect = places["at"], places["connect"]
     service = load_service(app)
     file = PolicyFile(service, policies, policies_of) if policies else None
     run(
