@@ -24,7 +24,7 @@ from quintet.message import Channel, Message, new_id
 from quintet.testing import CHECKS, Bench, Check, skips
 from quintet.testing.bench import Receiver
 from quintet.transport import DONE, Again, Dead, Finding, Verdict, open_address
-from quintet.transports.nsq import Carrier, Publish, Subscription
+from quintet.transports.nsq import Carrier, Publish, Subscription, inspection
 from quintet.wire.nsq import pub
 from quintet.wire.nsq_session import NSQ, Delivery
 
@@ -751,7 +751,10 @@ async def test_http_that_is_behind_a_firewall_keeps_nobody(daemon: Any) -> None:
             writer.close()
 
 
-async def test_a_dead_letter_larger_than_all_that_is_kept_is_written_once(daemon: Any) -> None:
+async def test_a_dead_letter_larger_than_all_that_is_kept_is_written_once_and_found_however_slowly_it_comes(
+    daemon: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "QUIET", 0.001)
     own = daemon(max_msg_size=8 << 20)
     async with opened(own.address) as (here,):
         await here.serve(QUEUE, Receiver(Dead("hopeless")), "")

@@ -35,7 +35,7 @@ from quintet.wire.nsq_topology import (
 
 LETTERS_SECONDS = 5.0  # that one is looked for which nsqd counts, and does not bring
 LETTERS_AHEAD = 100
-QUIET = 0.2  # seconds without another dead letter that are the end of them
+QUIET = 0.2  # seconds without another dead letter after which there may be no more
 TAIL_POLL = 0.25  # seconds between two looks for new topics
 TAIL_STEP = 64  # topics that are subscribed to at once
 TAIL_KEPT = 10_000  # messages that one tail may lag behind; the oldest go first
@@ -99,21 +99,22 @@ class Letters:
         another reader had in hand until a moment ago is late."""
         async with self._lock, self._reading(host) as (reader, arrivals):
             clock = self._nsqds.clock
-            seen, repeats, kept = set[bytes](), 0, 0
+            seen, repeats, kept, quiet = set[bytes](), 0, 0, False
             give_up = clock.now() + LETTERS_SECONDS
             while True:
-                if repeats > 2 * len(seen):
+                if quiet or repeats > 2 * len(seen):
                     await clock.sleep(QUIET / 10)  # what was just given back is counted nowhere for a moment
                     if await self._there(host) <= kept or clock.now() > give_up:
                         return
-                    repeats = 0  # nsqd has more than have come
+                    repeats, quiet = 0, False  # nsqd has more than have come
                 try:
                     async with asyncio.timeout(QUIET):
                         delivery = await arrivals.get()
                 except TimeoutError:
                     if reader.session is None:
                         raise TransportError(f"{self._nsqds.address}: the connection broke while it was read") from None
-                    return
+                    quiet = True  # or nsqd is busy with a large one
+                    continue
                 keep = True
                 if delivery.id in seen:
                     repeats += 1
