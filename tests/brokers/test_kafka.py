@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import sys
@@ -294,6 +295,59 @@ async def test_the_reason_and_the_times_of_the_attempts_are_with_a_dead_letter(b
     assert letters[0].times[1] - letters[0].times[0] >= 0.045
 
 
+BOMBED = """
+import asyncio, os, sys
+from quintet import intake
+from quintet.message import Channel
+from quintet.transport import DONE, open_address
+
+intake.CRASHES = 2
+
+async def receive(message):
+    print(message.body.decode(), message.attempt, flush=True)
+    if message.body == b"bomb":
+        os._exit(9)
+    return DONE
+
+async def main():
+    transport = open_address(sys.argv[1])
+    await transport.open()
+    await transport.serve(Channel(sys.argv[2], durable=True), receive, "group")
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@benched
+async def test_a_message_that_ends_its_process_each_time_is_found_out_and_buried_and_no_other(bench: Bench) -> None:
+    here, channel = await bench.open(), bench.channel(durable=True)
+    for body in (b"before", b"bomb", b"after"):
+        await here.send(bench.message(channel, body, native=(Record(partition=0),)))
+    handled = list[str]()
+    async with asyncio.timeout(60):
+        while "after 1" not in handled:
+            words = (sys.executable, "-c", BOMBED, bench.address, channel.name)
+            member = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+            try:
+                assert member.stdout
+                while (line := (await member.stdout.readline()).decode().strip()) and line != "after 1":
+                    handled.append(line)
+                handled += [line] if line else []
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    member.kill()
+                await member.wait()
+        (letter,) = await here.dead(channel.name)  # type: ignore[attr-defined]
+    assert (letter.message.body, letter.reason) == (
+        b"bomb",
+        "its receivers went away 3 times while they had it in work",
+    )
+    # the first of those in work is counted; as soon as two processes have ended they come one after the other
+    begun = ["before 1", "bomb 1", "before 2", "bomb 1", "before 3", "bomb 1"]
+    assert handled == [*begun, "bomb 1", "bomb 2", "bomb 3", "after 1"]
+
+
 # foreign programs
 
 
@@ -347,7 +401,9 @@ async def test_sasl_and_tls_lead_to_the_same_broker(broker: Brokers, monkeypatch
     receiver, channel = Receiver(), bench.channel(durable=True)
     await bench.serve(await bench.open(), channel, receiver)
     by_environment = entry["sasl"].replace("quintet:quintet@", "")
-    for address in (entry["sasl"], by_environment):
+    scram = [f"{entry['sasl']}?sasl=SCRAM-SHA-{bits}" for bits in (256, 512)]
+    nobody_first = entry["sasl"].replace("@", "@127.0.0.1:1,")
+    for address in (entry["sasl"], by_environment, nobody_first, *scram):
         with monkeypatch.context() as patch:
             if address is by_environment:
                 patch.setenv("QUINTET_KAFKA_USER", "quintet")
@@ -360,7 +416,7 @@ async def test_sasl_and_tls_lead_to_the_same_broker(broker: Brokers, monkeypatch
     await transport.open()
     await transport.send(bench.message(channel, b"by tls"))
     await transport.close()
-    await bench.got(receiver, 3)
+    await bench.got(receiver, 6)
     await bench.close()
 
 

@@ -211,7 +211,7 @@ def test_what_was_noted_holds_until_it_has_come_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "note", ["", "theirs", "quintet", "quintet x y:z", "quintet 1 5:a,b", "quintet 1 x:1", "a b c d"]
+    "note", ["", "theirs", "quintet", "quintet x y:z", "quintet 1 5:a,b", "quintet 1 x:1", "quintet 1 0: x", "a b c d"]
 )
 def test_the_metadata_of_others_says_nothing(note: str) -> None:
     assert all(Progress(10, note).take(offset) for offset in (10, 11, 12))
@@ -225,6 +225,23 @@ def test_a_note_tells_how_many_are_in_work() -> None:
     progress.take(1)
     progress.done(1)
     assert in_work(progress.note(7)) == 7
+
+
+def test_a_note_tells_how_many_went_away_with_the_first_in_work() -> None:
+    progress, note = Progress(10), ""
+    for crashes in range(3):
+        progress = Progress(10, note)
+        assert (progress.crashes, progress.note()) == (crashes, note)  # who takes nothing changes nothing
+        progress.begin()
+        for offset in (10, 11, 12):
+            progress.take(offset)
+        note = progress.note()
+    progress.done(11)
+    assert progress.note(1) == "quintet 1 2:0 3"
+    progress.begin(begun=False)  # given to another member
+    assert progress.note() == "quintet 0 2:0 2"
+    progress.done(10)  # another is the first now
+    assert (progress.position(), progress.note()) == (12, "")
 
 
 def test_a_note_that_grows_too_long_says_less_and_nothing_wrong() -> None:

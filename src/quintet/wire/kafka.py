@@ -177,7 +177,10 @@ class Progress:
         self._open: dict[int, None] = {}  # taken and not done, in order
         self._next = offset  # one past the last that was taken
         self._last_done = -1
-        self._done_before, self._open_before = _read_note(offset, note)
+        self._done_before, self._open_before, self.crashes = _read_note(offset, note)
+        """The last: how many members went away, one after the other, with the one at `first` in work."""
+        self.first = offset
+        self._begun = 0
 
     def __repr__(self) -> str:
         return f"<progress: all done before {self.position()}, {len(self._open)} open>"
@@ -200,14 +203,20 @@ class Progress:
         """All before it is done: what is to be committed."""
         return next(iter(self._open), self._next)
 
+    def begin(self, *, begun: bool = True) -> None:
+        """From now on whoever goes away has the first that is open in work; or leaves it to others, as it was."""
+        self._begun = int(begun)
+
     def note(self, in_work: int = 0) -> str:
         """What is done beyond the position, and how many are in work: "quintet 2 9:0,4" says two in work, and that of
-        the nine from the position on all are done but the first and the fifth."""
+        the nine from the position on all are done but the first and the fifth. "quintet 2 9:0,4 3" says beside it that
+        the first is in work for the third time, without having been settled."""
         position, following = self.position(), self._next
         until = max(self._last_done + 1, self._done_before)  # what was noted before holds until it has come again
         gaps: list[str] = []
+        begun = self.crashes + self._begun if position == self.first else 0
         if until <= position:
-            return f"quintet {in_work}" if in_work else ""
+            return f"quintet {in_work} 0: {begun}" if begun else f"quintet {in_work}" if in_work else ""
         size = 0
         for offset in (*self._open, *sorted(gap for gap in self._open_before if gap >= following)):
             if offset >= until:
@@ -218,7 +227,7 @@ class Progress:
                 until = offset  # what no longer fits is not said to be done
                 break
             gaps.append(text)
-        return f"quintet {in_work} {until - position}:{','.join(gaps)}"
+        return f"quintet {in_work} {until - position}:{','.join(gaps)}" + (f" {begun}" if begun else "")
 
 
 def in_work(note: str) -> int:
@@ -227,16 +236,17 @@ def in_work(note: str) -> int:
     return int(words[1]) if len(words) > 1 and words[0] == "quintet" and words[1].isdecimal() else 0
 
 
-def _read_note(offset: int, note: str) -> tuple[int, frozenset[int]]:
-    """Before which offset all is done but those; whatever others wrote there says nothing."""
+def _read_note(offset: int, note: str) -> tuple[int, frozenset[int], int]:
+    """Before which offset all is done but those, and how often the first was begun; what others wrote says nothing."""
     words: Sequence[str] = note.split(" ")
-    if len(words) != 3 or words[0] != "quintet":
-        return offset, frozenset()
+    if len(words) not in (3, 4) or words[0] != "quintet":
+        return offset, frozenset(), 0
     count, _, gaps = words[2].partition(":")
     try:
-        return offset + int(count), frozenset(offset + int(gap) for gap in gaps.split(",") if gap)
+        open_before = frozenset(offset + int(gap) for gap in gaps.split(",") if gap)
+        return offset + int(count), open_before, int(words[3]) if len(words) == 4 else 0
     except ValueError:
-        return offset, frozenset()
+        return offset, frozenset(), 0
 
 
 # versions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ COMMIT_EVERY = 0.1  # seconds
 PATIENCE = 10.0  # seconds that a rebalance waits for what is in work of the partitions that it takes away
 GATHER = 0.1  # seconds that channels have to be served together, before their group is joined once for all
 JOIN = 30.0  # seconds that it may take to join a group
+SUSPICIOUS = 2  # members that went away one after the other, after whom one message at a time is handed out
 SPARE = 2.5  # seconds after which a member that was given nothing counts as one too many, not as one too early
 
 
@@ -50,6 +52,8 @@ class Share(Struct, eq=False):
     committed: tuple[int, str] = (-1, "")
     unsettled: int = 0  # in work, or waiting here
     gone: bool = False  # taken away, or stopped: what is settled now changes nothing
+    held: deque[Delivery] | None = None  # what has come, until it is committed that it is in work
+    starting: asyncio.Task[None] | None = None
 
 
 class Delivery(Struct, eq=False):
@@ -58,6 +62,7 @@ class Delivery(Struct, eq=False):
     share: Share
     record: Any
     offset: int
+    crashes: int = 0  # how many members went away with it in work
     copy: Message | None = None  # the next attempt, where it waits here
 
 
@@ -68,6 +73,7 @@ class Serving:
         self, carrier: Carrier, channel: Channel, receive: Receive, group: str, limit: int, retry: Found | None
     ) -> None:
         self.channel = channel
+        self.limit = limit
         self.prefetch = max(PREFETCH, 2 * limit)
         self.retry = retry
         self.intake: Intake[Delivery] = Intake(self, receive, group, limit, carrier.clock, keyed=True)
@@ -85,14 +91,15 @@ class Serving:
 
     def read(self, delivery: Delivery) -> Message:
         copy = delivery.copy
-        if copy is None:
-            return from_record(delivery.record, self.channel, self._clock)
         message = from_record(delivery.record, self.channel, self._clock)
-        message.attempt, message.headers = copy.attempt, dict(copy.headers)
+        if copy is not None:
+            message.attempt, message.headers = copy.attempt, dict(copy.headers)
+        elif delivery.crashes:
+            message.attempt += delivery.crashes
         return message
 
-    def crashed(self, delivery: Delivery) -> int:  # noqa: ARG002 - Kafka does not count
-        return 0
+    def crashed(self, delivery: Delivery) -> int:
+        return delivery.crashes
 
     def done(self, delivery: Delivery) -> None:
         delivery.share.progress.done(delivery.offset)
@@ -126,7 +133,10 @@ class Serving:
         feed.bytes -= len(delivery.record)
         feed.group.settled(feed, self.prefetch)
 
-    # what waits here
+    # what comes, or waits here
+
+    def begin(self, delivery: Delivery) -> None:
+        self.intake.put(delivery, key_of(delivery.record))
 
     def wait(self, delivery: Delivery, seconds: float) -> None:
         """Hands it to the intake after so many seconds."""
@@ -136,7 +146,7 @@ class Serving:
             if delivery.share.gone:
                 self.give_back(delivery)
             else:
-                self.intake.put(delivery, key_of(delivery.record))
+                self.begin(delivery)
 
         if self._stopped:
             self.give_back(delivery)
@@ -357,7 +367,9 @@ class Group:
             feed.size += 1
             feed.bytes += len(record)
             delivery = Delivery(share, record, offset)
-            if feed.retry:
+            if share.held is not None:
+                self._hold(share, delivery)
+            elif feed.retry:
                 serving.wait(delivery, due(record) - self._clock.wall())
             else:
                 serving.intake.put(delivery, key_of(record))
@@ -386,9 +398,47 @@ class Group:
             feed = self.feeds.get(place[0])
             if feed is not None:
                 committed = (-1, "") if offset is None else (offset, note)
-                self._shares[place] = Share(feed, place, Progress(offset or 0, note), committed)
+                share = self._shares[place] = Share(feed, place, Progress(offset or 0, note), committed)
+                if self.name and feed.serving.channel.durable and not feed.retry:
+                    share.held = deque()
         self._assigned.set()
         self._later()
+
+    def _hold(self, share: Share, delivery: Delivery) -> None:
+        assert share.held is not None  # noqa: S101
+        share.held.append(delivery)
+        if share.starting is None:
+            if delivery.offset == share.progress.first:
+                delivery.crashes = share.progress.crashes
+            share.starting = asyncio.get_running_loop().create_task(self._start(share, share.held))
+
+    async def _start(self, share: Share, held: deque[Delivery]) -> None:
+        """Commits that the first of a partition is in work, then hands out what has come: Kafka counts no deliveries,
+        and of a member that goes away in the midst of one nothing else is left.
+
+        Where several went away they get one after the other, and each is committed before the next: so the message is
+        found that ends them all, and no other is taken for it.
+        """
+        serving, progress = share.feed.serving, share.progress
+        assert isinstance(serving, Serving)  # noqa: S101
+        progress.begin()
+        await self._commit_now(share)
+        for _ in range(serving.limit if progress.crashes >= SUSPICIOUS else 0):
+            if held:
+                serving.begin(held.popleft())
+            while share.unsettled > len(held) and not share.gone:
+                await self._clock.sleep(0.005)
+            await self._commit_now(share)
+        share.held = None
+        for delivery in held:
+            serving.begin(delivery)
+
+    async def _commit_now(self, share: Share) -> None:
+        if not share.gone and (offsets := self._offsets([share])):
+            # it may be another's by now, or the broker away
+            with contextlib.suppress(self._carrier.bridge.KafkaException, TimeoutError):
+                async with asyncio.timeout(ANSWER):
+                    await self._inlet.commit(offsets, wait=True)
 
     async def revoked(self, places: Iterable[Place]) -> Sequence[Any]:
         shares = [self._shares[place] for place in places if place in self._shares]
@@ -424,6 +474,10 @@ class Group:
     @staticmethod
     def _forget(shares: Sequence[Share]) -> None:
         """Takes back all of these partitions that is not in work."""
+        for share in shares:
+            serving = share.feed.serving
+            while share.held and isinstance(serving, Serving):
+                serving.give_back(share.held.pop())
         if shares:
             gone = {id(share) for share in shares}
             for serving in {share.feed.serving for share in shares}:
@@ -434,6 +488,7 @@ class Group:
         """These partitions are ours no longer: what is to be committed of them."""
         for share in shares:
             share.gone = True
+            share.progress.begin(begun=False)
             self._shares.pop(share.place, None)
         return self._offsets(shares)
 
