@@ -35,7 +35,8 @@ from quintet.wire.nsq_topology import (
 
 LETTERS_SECONDS = 5.0  # that one is looked for which nsqd counts, and does not bring
 LETTERS_AHEAD = 100
-QUIET = 0.2  # seconds without another dead letter after which there may be no more
+NOWHERE = 0.05  # seconds that a letter may be counted nowhere, on its way from one of nsqd's queues to another
+QUIET, QUIET_UNCOUNTED = 0.2, 1.0  # seconds without another dead letter after which there may be no more, or are none
 TAIL_POLL = 0.25  # seconds between two looks for new topics
 TAIL_STEP = 64  # topics that are subscribed to at once
 TAIL_KEPT = 10_000  # messages that one tail may lag behind; the oldest go first
@@ -99,16 +100,17 @@ class Letters:
         another reader had in hand until a moment ago is late."""
         async with self._lock, self._reading(host) as (reader, arrivals):
             clock = self._nsqds.clock
+            patience = QUIET if self._nsqds.tells(host) else QUIET_UNCOUNTED
             seen, repeats, kept, quiet = set[bytes](), 0, 0, False
             give_up = clock.now() + LETTERS_SECONDS
             while True:
                 if quiet or repeats > 2 * len(seen):
-                    await clock.sleep(QUIET / 10)  # what was just given back is counted nowhere for a moment
+                    await clock.sleep(NOWHERE)
                     if await self._there(host) <= kept or clock.now() > give_up:
                         return
                     repeats, quiet = 0, False  # nsqd has more than have come
                 try:
-                    async with asyncio.timeout(QUIET):
+                    async with asyncio.timeout(patience):
                         delivery = await arrivals.get()
                 except TimeoutError:
                     if reader.session is None:
@@ -150,7 +152,7 @@ class Letters:
             topics = await self._nsqds.topics(host, topic=DEAD, channel=LETTERS)
         except (TransportError, CallError):
             return 0
-        return sum(one.messages for topic in topics for one in topic.channels or ())
+        return sum(topic.depth + sum(one.messages for one in topic.channels or ()) for topic in topics)
 
     async def counts(self, host: Host) -> Counter[tuple[str, str]]:
         """How many there are by channel and group: read only where their number may have changed. Raises TransportError
