@@ -434,11 +434,14 @@ class Group:
             serving.begin(delivery)
 
     async def _commit_now(self, share: Share) -> None:
-        if not share.gone and (offsets := self._offsets([share])):
-            # it may be another's by now, or the broker away
-            with contextlib.suppress(self._carrier.bridge.KafkaException, TimeoutError):
-                async with asyncio.timeout(ANSWER):
-                    await self._inlet.commit(offsets, wait=True)
+        """Once, as its consumer could not take part in a rebalance that forbids it; then it is committed later."""
+        if share.gone or not self._carrier.connected or not (offsets := self._offsets([share])):
+            return
+        try:
+            async with asyncio.timeout(ANSWER):
+                await self._inlet.do(lambda consumer: consumer.commit(offsets=offsets, asynchronous=False))
+        except (self._carrier.bridge.KafkaException, TimeoutError):
+            self.uncommitted([share.place])
 
     async def revoked(self, places: Iterable[Place]) -> Sequence[Any]:
         shares = [self._shares[place] for place in places if place in self._shares]
