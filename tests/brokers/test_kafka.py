@@ -612,10 +612,9 @@ async def test_the_loop_is_not_held_up_by_large_messages(bench: Bench) -> None:
             gaps.append(now - last)
             last = now
 
-    watching = bench.start(watch())
-    for _ in range(20):
-        await here.send(bench.message(channel, bytes(1024 * 1024)))
+    watching, large = bench.start(watch()), bytes(1024 * 1024)
+    await asyncio.gather(*(here.send(bench.message(channel, large)) for _ in range(20)))  # in one turn of the loop
     await bench.got(receiver, 21)
     going = False
     await watching
-    assert max(gaps) < 0.005
+    assert max(gaps) < 0.005, sorted(gaps)[-5:]

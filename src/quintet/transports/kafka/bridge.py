@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 import time
 from collections import deque
@@ -64,6 +65,7 @@ LATER = (
 """Why a commit may fail that is taken a moment later."""
 FEW = 16  # records outstanding up to which each is sent at once; of more a batch is made in "linger.ms"
 MANY = 128  # records of one turn of the loop that are handed over together; so the broker has work meanwhile
+BULK = 512 * 1024  # bytes of them after which the others wait for the next turn: each is copied, which takes its time
 FAREWELL = 1.0  # seconds that leaving a group may take
 FLUSH = 2.0  # seconds that what was produced has to be confirmed when the producer is closed
 ANSWER = 5.0  # seconds that a group's coordinator may take
@@ -104,10 +106,14 @@ class Outlet:
             self._hand_over()
         return future
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, most: int = BULK) -> None:
         turn, self._turn = self._turn, []
-        produce = self.produce
-        for future, record in turn:
+        produce, room = self.produce, most
+        for place, (future, record) in enumerate(turn):
+            if room <= 0:
+                self._turn = turn[place:]
+                self.loop.call_soon(self._hand_over)
+                break
             if not future.done():  # else its sender has gone
                 try:
                     produce(*record)  # arguments with names take twice the time
@@ -115,6 +121,7 @@ class Outlet:
                     future.set_exception(error)
                 else:
                     self._outstanding += 1
+                    room -= len(record[1] or b"")
         self._work.set()
 
     async def room(self) -> None:
@@ -124,7 +131,7 @@ class Outlet:
 
     async def close(self) -> None:
         """Waits a little for what was produced to be confirmed; the rest fails."""
-        self._hand_over()
+        self._hand_over(sys.maxsize)
         self._closing = True
         self._work.set()
         await asyncio.shield(self._over)
