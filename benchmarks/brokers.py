@@ -121,32 +121,56 @@ Peers: TypeAlias = Mapping[str, tuple[Receiver, Sender]]
 # A side: what each of the two processes does
 
 
-class Ticking:
-    """How late a callback of each millisecond was, at worst: a loop that is blocked runs none.
+class Lateness:
+    """How late its thread comes to what was due after `PERIOD`, at worst.
 
-    `work`: the most that the loop's own thread computed between two of them; a machine with more to do than it has
-    cores makes a callback late, too, and this is not in it.
+    `blocked`: the same without the time that the thread was ready to run and had no core, which a machine with more to
+    do than it has cores adds to anyone's. What it computes and what it waits for is in it.
     """
 
-    PERIOD = 0.001
+    PERIOD = 0.001  # seconds
 
     def __init__(self) -> None:
-        self.late = self.work = 0.0
+        self.late = self.blocked = 0.0
+        self._statistics = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        self.begin()
+
+    def begin(self) -> None:
+        self._begun, self._queued = time.perf_counter(), self._without_core()
+
+    def end(self) -> None:
+        late = time.perf_counter() - self._begun - self.PERIOD
+        self.late = max(self.late, late)
+        self.blocked = max(self.blocked, late - (self._without_core() - self._queued))
+
+    def _without_core(self) -> float:
+        """Seconds in all that this thread was ready to run and did not, as Linux counts them."""
+        return int(os.pread(self._statistics, 100, 0).split()[1]) / 1e9
+
+    def close(self) -> None:
+        os.close(self._statistics)
+
+
+class Ticking(Lateness):
+    """The same of the callbacks of a loop: one that is blocked runs none."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._loop = asyncio.get_running_loop()
         self._next()
 
     def _next(self) -> None:
-        self._begun, self._worked = time.perf_counter(), time.thread_time()
+        self.begin()
         self._timer = self._loop.call_later(self.PERIOD, self._tick)
 
     def _tick(self) -> None:
-        self.late = max(self.late, time.perf_counter() - self._begun - self.PERIOD)
-        self.work = max(self.work, time.thread_time() - self._worked)
+        self.end()
         self._next()
 
     def stop(self) -> dict[str, float]:
         self._timer.cancel()
-        return {"late": self.late, "work": self.work}
+        self.close()
+        return {"late": self.late, "blocked": self.blocked}
 
 
 async def _send(call: Call, outstanding: int, seconds: float, pause: float) -> dict[str, Any]:
@@ -499,23 +523,25 @@ def _failed(what: str, ended: Ended) -> Figure:
 
 
 class Idle(threading.Thread):
-    """Ticks in the driver, which has nothing to do meanwhile: what the machine alone makes late."""
+    """The same of a thread of the driver, which has nothing to do meanwhile: what the machine alone does to anyone."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.late, self._go = 0.0, True
+        self._go = True
         self.start()
 
     def run(self) -> None:
+        self._lateness = lateness = Lateness()
         while self._go:
-            begun = time.perf_counter()
-            time.sleep(Ticking.PERIOD)
-            self.late = max(self.late, time.perf_counter() - begun - Ticking.PERIOD)
+            lateness.begin()
+            time.sleep(lateness.PERIOD)
+            lateness.end()
+        lateness.close()
 
-    def stop(self) -> float:
+    def stop(self) -> Lateness:
         self._go = False
         self.join()
-        return self.late
+        return self._lateness
 
 
 class Blocked(Struct):
@@ -523,10 +549,12 @@ class Blocked(Struct):
 
     sender: float
     receiver: float
-    sender_work: float
-    receiver_work: float
     idle: float
     """The same of a process that does nothing."""
+    sender_late: float
+    receiver_late: float
+    """By how much their callbacks were late: as above, and waiting for a core."""
+    idle_late: float
     rate: float
 
 
@@ -545,9 +573,10 @@ def large(module: str, question: str, peer: str, broker: Broker, name: str, *, s
             ended = pair.handled()["last"]
             tocks = [one.ask("tock") for one in (pair.sender, pair.receiver)]
             rates.append(sent["count"] / (ended - sent["begun"]))
-            found.append([tock[what] for what in ("late", "work") for tock in tocks] + [idle.stop()])
-    sender, receiver, sender_work, receiver_work, idle_late = (1e3 * max(each) for each in zip(*found, strict=True))
-    return Blocked(sender, receiver, sender_work, receiver_work, idle_late, statistics.median(rates))
+            still = idle.stop()
+            blocked, late = ([tock[what] for tock in tocks] for what in ("blocked", "late"))
+            found.append([*blocked, still.blocked, *late, still.late])
+    return Blocked(*(1e3 * max(each) for each in zip(*found, strict=True)), statistics.median(rates))
 
 
 BLOCKED = 5.0  # milliseconds that a megabyte may keep a loop
@@ -565,14 +594,14 @@ def large_figures(module: str, question: str, broker: Broker, beside: Sequence[s
         except Ended as ended:
             found.append(_failed(name, ended))
             continue
-        late = {"the sender's": blocked.sender, "the receiver's": blocked.receiver}
-        for side, milliseconds in late.items():
-            title = f"{name}: {side} loop was late by, at worst"
+        for side, milliseconds in (("sender", blocked.sender), ("receiver", blocked.receiver)):
+            title = f"{name}: the {side}'s loop was blocked for, at worst"
             ours = at_most(title, milliseconds, "ms", BLOCKED)
             found.append(ours if peer == ALONE else Figure(title, milliseconds, "ms"))
-        found.append(Figure(f"{name}: the sender's loop computed at a stretch", blocked.sender_work, "ms"))
-        found.append(Figure(f"{name}: the receiver's loop computed at a stretch", blocked.receiver_work, "ms"))
-        found.append(Figure(f"{name}: an idle process meanwhile was late by", blocked.idle, "ms"))
+        found.append(Figure(f"{name}: an idle process's meanwhile", blocked.idle, "ms"))
+        found.append(Figure(f"{name}: the sender's callbacks were late by, at worst", blocked.sender_late, "ms"))
+        found.append(Figure(f"{name}: the receiver's callbacks were late by, at worst", blocked.receiver_late, "ms"))
+        found.append(Figure(f"{name}: an idle process's meanwhile were late by", blocked.idle_late, "ms"))
         found.append(Figure(f"{name}: handled", blocked.rate, "1/s"))
     return found
 
