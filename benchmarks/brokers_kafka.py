@@ -5,8 +5,8 @@ of about 100 bytes as JSON with five headers, decoded and encoded by msgspec on 
 each figure is the median of its rounds. All producers are idempotent with acks=all, and 256 messages wait to be
 confirmed. Offsets are committed after the handlers: by aiokafka and FastStream's batches after each fetch, by
 FastStream's handlers of one message after each if they are told to; by default they commit what may not have been
-handled yet, which is less than the others promise. Before, each is warmed up for three seconds: a broker that was just
-started takes four times the work for a batch.
+handled yet, which is less than the others promise. Before, each is warmed up for ten seconds: a broker that was just
+started takes four times the work for a batch, and learns for a minute.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -175,8 +175,8 @@ def figures() -> list[Figure]:
             title="publish + consume",
             levels=(MANY,),
             seconds=0.8,
-            rounds=5,
-            warm=3.0,
+            rounds=7,
+            warm=10.0,
             handled=True,
         )
         return [
