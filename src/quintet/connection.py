@@ -91,7 +91,8 @@ def tls_if(wanted: bool, address: Address) -> ssl.SSLContext | None:
 
 
 class Link(asyncio.Protocol):
-    """One live socket. What is written in one turn of the loop goes out together."""
+    """One live socket. What is written in one turn of the loop goes out together, but does not wait for others where
+    the turn before brought none."""
 
     def __init__(self, clock: Clock) -> None:
         self.error: Exception | None = None
@@ -99,6 +100,8 @@ class Link(asyncio.Protocol):
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._out: list[bytes] = []
+        self._turn = False  # something was written in this turn of the loop
+        self._lone = False  # in the last turn with anything there was one write
         self._early: list[bytes] = []  # what came before there was a session
         self._transport: Any = None
         self._lost: asyncio.Future[None] = self._loop.create_future()
@@ -116,8 +119,13 @@ class Link(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """Sends the bytes, with all that is written in this turn of the loop; nothing once the socket is gone."""
-        if not self._out:
-            self._loop.call_soon(self._flush)
+        if not self._turn:
+            self._turn = True
+            self._loop.call_soon(self._end_turn)
+            if self._lone and len(data) < BULK:
+                self._out.append(data)
+                self._flush()
+                return
         self._out.append(data)
         if len(data) >= BULK:
             self._unsent += len(data)
@@ -231,6 +239,11 @@ class Link(asyncio.Protocol):
 
     def _reason(self) -> Exception:
         return self.error or Lost("the broker closed the connection")
+
+    def _end_turn(self) -> None:
+        waiting = len(self._out)
+        self._turn, self._lone = False, waiting == 0 if self._lone else waiting == 1
+        self._flush()
 
     def _flush(self) -> None:
         out = self._out

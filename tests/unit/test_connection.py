@@ -108,6 +108,35 @@ async def connected(*brokers: Broker, told: Told | None = None) -> AsyncGenerato
             await broker.down()
 
 
+async def test_who_writes_alone_does_not_wait_for_the_end_of_the_turn_and_who_writes_with_others_does() -> None:
+    sent = list[bytes]()
+
+    class Socket(asyncio.Transport):
+        def write(self, data: bytes | bytearray | memoryview) -> None:
+            sent.append(bytes(data))
+
+        def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+
+    link = Link(SYSTEM)
+    link.connection_made(Socket())
+
+    async def turn(*data: bytes) -> tuple[list[bytes], list[bytes]]:
+        """What has gone out at once, and what by the end of the turn."""
+        sent.clear()
+        for piece in data:
+            link.write(piece)
+        at_once = sent.copy()
+        await asyncio.sleep(0)
+        return at_once, sent.copy()
+
+    assert await turn(b"1") == ([], [b"1"])  # others may come
+    assert await turn(b"2") == ([b"2"], [b"2"])  # but none did
+    assert await turn(b"3", b"4", b"5") == ([b"3"], [b"3", b"45"])
+    assert await turn(b"6", b"7") == ([], [b"67"])  # now they do
+    assert await turn(b"8") == ([], [b"8"])
+    assert await turn(b"9") == ([b"9"], [b"9"])
+
+
 async def test_what_is_written_in_one_turn_arrives_together_and_in_order() -> None:
     broker = Broker()
     await broker.up()
