@@ -152,10 +152,13 @@ class Storm:
         return any(line.number in confirmed for line in self.journal("handled") if line.at >= begun)
 
     async def all_handled(self) -> None:
-        """Waits until each confirmed number was handled, or nothing has come for some time."""
+        """Waits until each confirmed number was handled and took effect, or nothing has come for some time."""
         wanted = {line.number for line in self.journal("confirmed")}
+        events = {number for number in wanted if number % 2}
         file, size, changed = self.folder / "handled", -1, time.monotonic()
-        while time.monotonic() < changed + QUIET and wanted - {line.number for line in self.journal("handled")}:
+        while time.monotonic() < changed + QUIET and (
+            wanted - {line.number for line in self.journal("handled")} or events - self.effects().keys()
+        ):
             if file.stat().st_size != size:
                 size, changed = file.stat().st_size, time.monotonic()
             await asyncio.sleep(0.1)
@@ -180,7 +183,7 @@ class Storm:
         return found
 
     def unmarked(self) -> dict[int, tuple[list[float], int]]:
-        """Of each number that came without a mark more often than it was sent: when it came, and how often too often."""
+        """Of each number that came without a mark more often than it was sent: when, and how many times too often."""
         sent, came = Counter(line.number for line in self.journal("sent")), dict[int, list[float]]()
         for line in self.journal("handled"):
             if line.words[1] == "1":  # attempt
