@@ -83,7 +83,7 @@ def serve(
         run(serve_and_reload([argument for argument in sys.argv[1:] if argument != "--reload"]))
         return
     if supervisor >= 0:
-        places = standard_json.loads(os.environ[PLACES])
+        places = standard_json.loads(os.environ.pop(PLACES))  # not for what the service may start
         at, connect = places["at"], places["connect"]
     service = load_service(app)
     file = PolicyFile(service, policies, policies_of) if policies else None
