@@ -238,10 +238,14 @@ def test_a_note_tells_how_many_went_away_with_the_first_in_work() -> None:
         note = progress.note()
     progress.done(11)
     assert progress.note(1) == "quintet 1 2:0 3"
-    progress.begin(begun=False)  # given to another member
+    progress.leave()  # given to another member
     assert progress.note() == "quintet 0 2:0 2"
     progress.done(10)  # another is the first now
     assert (progress.position(), progress.note()) == (12, "")
+
+
+def test_a_count_that_makes_no_sense_counts_nothing() -> None:
+    assert Progress(10, "quintet 1 0: -7").crashes == 0
 
 
 def test_a_note_that_grows_too_long_says_less_and_nothing_wrong() -> None:

@@ -203,9 +203,13 @@ class Progress:
         """All before it is done: what is to be committed."""
         return next(iter(self._open), self._next)
 
-    def begin(self, *, begun: bool = True) -> None:
-        """From now on whoever goes away has the first that is open in work; or leaves it to others, as it was."""
-        self._begun = int(begun)
+    def begin(self) -> None:
+        """From now on whoever goes away has the first that is open in work."""
+        self._begun = 1
+
+    def leave(self) -> None:
+        """Others go on, and nobody went away with anything in work."""
+        self._begun = 0
 
     def note(self, in_work: int = 0) -> str:
         """What is done beyond the position, and how many are in work: "quintet 2 9:0,4" says two in work, and that of
@@ -244,7 +248,7 @@ def _read_note(offset: int, note: str) -> tuple[int, frozenset[int], int]:
     count, _, gaps = words[2].partition(":")
     try:
         open_before = frozenset(offset + int(gap) for gap in gaps.split(",") if gap)
-        return offset + int(count), open_before, int(words[3]) if len(words) == 4 else 0
+        return offset + int(count), open_before, max(0, int(words[3])) if len(words) == 4 else 0
     except ValueError:
         return offset, frozenset(), 0
 

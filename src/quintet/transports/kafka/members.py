@@ -135,7 +135,7 @@ class Serving:
 
     # what comes, or waits here
 
-    def begin(self, delivery: Delivery) -> None:
+    def hand_out(self, delivery: Delivery) -> None:
         self.intake.put(delivery, key_of(delivery.record))
 
     def wait(self, delivery: Delivery, seconds: float) -> None:
@@ -146,7 +146,7 @@ class Serving:
             if delivery.share.gone:
                 self.give_back(delivery)
             else:
-                self.begin(delivery)
+                self.hand_out(delivery)
 
         if self._stopped:
             self.give_back(delivery)
@@ -425,13 +425,13 @@ class Group:
         await self._commit_now(share)
         for _ in range(serving.limit if progress.crashes >= SUSPICIOUS else 0):
             if held:
-                serving.begin(held.popleft())
+                serving.hand_out(held.popleft())
             while share.unsettled > len(held) and not share.gone:
-                await self._clock.sleep(0.005)
+                await self._clock.sleep(0.005)  # rare, and an event would cost each delivery of all others
             await self._commit_now(share)
         share.held = None
         for delivery in held:
-            serving.begin(delivery)
+            serving.hand_out(delivery)
 
     async def _commit_now(self, share: Share) -> None:
         """Once, as its consumer could not take part in a rebalance that forbids it; then it is committed later."""
@@ -491,7 +491,7 @@ class Group:
         """These partitions are ours no longer: what is to be committed of them."""
         for share in shares:
             share.gone = True
-            share.progress.begin(begun=False)
+            share.progress.leave()
             self._shares.pop(share.place, None)
         return self._offsets(shares)
 
