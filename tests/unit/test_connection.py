@@ -126,7 +126,7 @@ async def test_who_writes_alone_does_not_wait_for_the_end_of_the_turn_and_who_wr
         for piece in data:
             link.write(piece)
         at_once = sent.copy()
-        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # no waiting: exactly the one turn of the loop that is looked at
         return at_once, sent.copy()
 
     assert await turn(b"1") == ([], [b"1"])  # others may come
