@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Gener
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Protocol, Self, TypedDict, TypeVar, Unpack
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from quintet.errors import ConfigurationError
 from quintet.message import Native
@@ -38,7 +38,7 @@ class UsingNow(Using, total=False):
 class Options(Struct, frozen=True, kw_only=True):
     """What was said by `using`."""
 
-    timeout: float | None = None
+    timeout: float | UnsetType | None = UNSET
     key: str = ""
     headers: Mapping[str, str] = {}
     expires: float | None = None
@@ -47,7 +47,7 @@ class Options(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name, seconds in (("timeout", self.timeout), ("expires", self.expires)):
-            if seconds is not None and not 0 <= seconds < math.inf:
+            if isinstance(seconds, float | int) and not 0 <= seconds < math.inf:
                 raise ConfigurationError(f"using({name}={seconds}): seconds from 0 on, or None for no limit")
 
     @classmethod

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
 
-from msgspec import structs
+from msgspec import UNSET, structs
 
 from quintet.binding import PENDING, Bound, bind, fill_link
 from quintet.call import DEFAULTS, Call, Options, Pending, PendingCall, Reply
 from quintet.clock import SYSTEM, Clock
 from quintet.compiler import model_of
 from quintet.context import CURRENT
-from quintet.contract import FANOUT, LONGEST_WAIT, NEEDS, Contract, Fault, Operation, Style
+from quintet.contract import FANOUT, LONGEST_WAIT, NEEDS, Contract, Operation, Style
 from quintet.errors import (
+    CALLERS_MISTAKES,
     AddressError,
     CallError,
     CannotCarry,
@@ -248,8 +250,8 @@ class Sender:
             message.headers.update(options.headers)
             message.native = options.native
             now = self.clock.now()
-            if options.timeout is not None:
-                message.until = now + options.timeout
+            if options.timeout is not UNSET:
+                message.until = math.inf if options.timeout is None else now + options.timeout
             if options.expires is not None:
                 message.deadline = now + options.expires
         return message
@@ -324,12 +326,14 @@ class Line:
     ) -> Reply[Any]:
         """The reply, or what stands in for it: above the codec, for a reply that cannot be read is a failure too."""
         asked = what_was_asked(message)
+        sent = False
         try:
             reply = _there(await self.sender.send(message), self.name)
+            sent = True
             read = self._read(reply)
-        except Fault:
-            raise  # an answer
-        except Exception as error:
+        except CallError as error:
+            if isinstance(error, CALLERS_MISTAKES) and not sent:
+                raise  # a call that is wrong would be wrong for ever, and nobody would see it
             answer = await fallbacks.answer(error, asked, args, kwargs)
             if answer is None:
                 raise

@@ -161,9 +161,14 @@ class Cancelled(CallError):
 
 
 class RemoteError(CallError):
-    """The service failed. Its log holds the details under `correlation_id`; none of them travel."""
+    """The service failed. Its log holds the details under `correlation_id`; none of them travel.
+
+    `answered`: it is well and said no, by a fault that our contract does not declare or a status such as 409. That is
+    not counted as a failure of the service.
+    """
 
     code, http_status = "remote", 500
+    answered = False
 
 
 class InvalidMessage(CallError):
@@ -200,6 +205,10 @@ class UnknownPending(CallError):
     """There is no pending answer of that id: never submitted, or kept no longer."""
 
     code, http_status = "unknown-pending", 404
+
+
+CALLERS_MISTAKES = (InvalidMessage, TooLarge, UnknownOperation, UnknownPending, UnsupportedMediaType, NotAcceptable)
+"""What the call itself did wrong: the service is well, and no fallback stands in."""
 
 
 def _descend(kind: type[CallError]) -> list[type[CallError]]:

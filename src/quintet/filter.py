@@ -12,12 +12,14 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from msgspec import Struct, field
 
 from quintet.clock import Clock
 from quintet.contract import Operation
+from quintet.errors import ConfigurationError
 from quintet.message import Handler
 from quintet.meter import CLIENTS, SERVERS, Meter
 from quintet.policy import Policy
@@ -104,4 +106,10 @@ def _innermost_first() -> list[Any]:
     import quintet.filters as folder
 
     found = [importlib.import_module(f"quintet.filters.{file.name}") for file in pkgutil.iter_modules(folder.__path__)]
-    return sorted(found, key=lambda module: -module.PLACE)
+    found.sort(key=lambda module: -module.PLACE)
+    for one, other in pairwise(found):
+        if one.PLACE == other.PLACE:  # which of them is outermost would be decided by their names
+            raise ConfigurationError(
+                f"{one.__name__} and {other.__name__} have the same PLACE ({one.PLACE}): change one"
+            )
+    return found

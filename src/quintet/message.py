@@ -50,7 +50,8 @@ class Message(Struct, kw_only=True):
 
     `deadline` is this process's monotonic clock in seconds, None where nothing expires; a transport carries it as
     remaining milliseconds (direct) or as wall-clock time (queues); `until` is when the sender gives up, and stays here:
-    the time-out of what nobody waits for bounds its acceptance only; `begun` is when this attempt was. `status` is
+    the time-out of what nobody waits for bounds its acceptance only; `hurried` is when the caller gives up, where that
+    is earlier than its policy would; `begun` is when this attempt was. `status` is
     empty on requests and good replies, else the code of the failure (`errors.py`). Pseudo headers (":method", ":path",
     ":status", RFC 9113) travel in `headers` beside the user's own and the W3C trace context.
     """
@@ -68,6 +69,7 @@ class Message(Struct, kw_only=True):
     status: str = ""
     deadline: float | None = None
     until: float | None = None
+    hurried: float | None = None
     begun: float = 0.0
     attempt: int = 1
     headers: dict[str, str] = {}

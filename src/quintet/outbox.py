@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, ParamSpec, Protocol, Unpack, overload
 
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 from quintet.call import DEFAULTS, Call, Options, Using
 from quintet.clock import Clock
@@ -254,8 +254,10 @@ class Outbox:
             if options is not DEFAULTS:
                 raise ConfigurationError(f"{what!r}: say using(...) of the call or of the outbox, not of both")
             options = call._options
-        if options.timeout is not None or options.native:
-            name = "native=[...]" if options.native else f"timeout={options.timeout:g}"
+        if options.timeout is not UNSET or options.native:
+            name = (
+                "native=[...]" if options.native else f"timeout={options.timeout:g}" if options.timeout else "timeout"
+            )
             raise ConfigurationError(
                 f"{what!r}: the outbox keeps no using({name}), which is for what is sent at once; leave it out:"
                 " the relay sends what waits, and tries for as long as it takes (or until expires=)"

@@ -116,7 +116,7 @@ class Hedge(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Rate(Struct, frozen=True, forbid_unknown_fields=True):
-    """At most `calls` in any `seconds`, evenly filled up again; what is over is refused at once."""
+    """At most `calls` in any `seconds`; what is over is refused at once."""
 
     calls: int
     seconds: float = 1.0

@@ -20,8 +20,10 @@ from quintet import (
     Unavailable,
     deadline,
 )
+from quintet.binding import bind
 from quintet.filters.breaker import Circuit, StateChange
 from quintet.message import Message
+from quintet.outcome import OUTCOMES, outcome_of
 from quintet.testing import FakeClock
 
 
@@ -635,12 +637,11 @@ def test_under_five_hundred_callers_it_closes_within_the_open_time_and_one_probe
         service = Callee(Policy(), FakeClock())
         await service.fail(20)
         healthy_at = service.clock.now()
-        message = Message(channel=Passengers.get.channel)
 
         async def caller() -> None:
             while service.circuit.state != "closed":
                 try:
-                    await service.send(message)
+                    await service.send(Message(channel=Passengers.get.channel))
                 except CircuitOpen:
                     await service.clock.sleep(1.0)
 
@@ -660,3 +661,105 @@ def test_a_circuit_tells_its_state() -> None:
         assert repr(service.circuit) == "<circuit passengers.get closed: 0 good, 0 slow, 3 bad in 10 s>"
 
     run(main)
+
+
+def test_a_probe_that_takes_longer_than_the_open_time_and_less_than_its_time_out_closes_the_circuit() -> None:
+    async def main() -> None:
+        service = Callee(Policy(timeout=30.0), FakeClock())
+        await service.fail(20)
+        await service.clock.advance(5.001)
+        probe = service.start()
+        await service.clock.advance(5.5)
+        assert isinstance(await service.call(), CircuitOpen)  # it is not given up
+        service.hanging[0].set_result(None)
+        assert await probe is None
+        assert service.circuit.state == "closed"
+
+    run(main)
+
+
+def test_a_reload_with_fewer_probes_than_have_ended_decides_by_those() -> None:
+    async def main() -> None:
+        service = await half_open(probes=5)
+        await service.succeed(2)
+        lost = [service.start() for _ in range(2)]
+        await service.clock.settle()
+        service.circuit.settings = Breaker(probes=1)
+        assert service.circuit.state == "closed"
+        assert await service.call() is None
+        for probe in lost:
+            probe.cancel()
+        await asyncio.wait(lost)
+
+    run(main)
+
+
+def test_a_reload_with_fewer_probes_than_are_out_is_not_stuck() -> None:
+    async def main() -> None:
+        service = await half_open(probes=5)
+        lost = [service.start() for _ in range(4)]
+        await service.clock.settle()
+        service.circuit.settings = Breaker(probes=1)
+        error = await service.call()
+        assert isinstance(error, CircuitOpen)
+        assert error.retry_after is not None
+        assert error.retry_after > 0
+        await service.clock.advance(1.01)  # the first of them that ends decides
+        assert service.circuit.state == "open"
+        await service.clock.advance(10.001)
+        assert await service.call() is None
+        assert service.circuit.state == "closed"
+        await asyncio.wait(lost)
+
+    run(main)
+
+
+def test_a_reload_judges_what_was_counted_by_the_new_settings() -> None:
+    async def main() -> None:
+        service = callee()
+        await service.fail(10)
+        service.circuit.settings = Breaker(min_calls=10)
+        assert service.circuit.state == "open"
+        service.circuit.settings = Breaker(min_calls=10, open_for=1.0)
+        await service.clock.advance(1.001)
+        assert await service.call() is None
+        assert service.circuit.state == "closed"
+
+    run(main)
+
+
+def test_a_caller_with_less_time_than_the_policy_gives_does_not_blame_the_service() -> None:
+    async def main() -> None:
+        service = callee()
+        service.always = HANG
+        for _ in range(20):
+            message = Message(channel=Passengers.get.channel, until=service.clock.now() + 0.05)
+            call = asyncio.ensure_future(service.send(message))
+            await service.clock.advance(0.06)
+            assert isinstance(call.exception(), DeadlineExceeded)
+        assert service.circuit.state == "closed"
+        assert service.total("cancelled") == 20
+
+    run(main)
+
+
+def test_an_answer_that_says_no_is_no_failure_of_the_service() -> None:
+    async def main() -> None:
+        service = callee()
+        refusal = RemoteError("answered 409 Conflict")
+        refusal.answered = True
+        for _ in range(30):
+            await service.call(refusal)
+        assert service.circuit.state == "closed"
+        assert service.total("answered") == 30
+
+    run(main)
+
+
+def test_a_fault_that_our_contract_does_not_declare_is_named_and_is_no_failure() -> None:
+    bound = bind("body", Passengers.get)
+    reply = Message(channel=bound.channel, status="Banned", media_type="application/json", body=b'{"until":"2027"}')
+    failure = bound.failure(reply)
+    assert isinstance(failure, RemoteError)
+    assert "'Banned'" in str(failure)
+    assert OUTCOMES[outcome_of(failure, reply)] == "answered"

@@ -8,6 +8,8 @@ import pytest
 from callee import run
 
 from quintet import ConfigurationError, Contract, Policy, Service, connect, deadline, on, request, serve
+from quintet.filter import _innermost_first
+from quintet.filters import cache, trace
 
 
 class Passengers(Contract, name="passengers"):
@@ -108,3 +110,9 @@ def test_outside_of_a_handler_nothing_is_kept() -> None:
     run(main)
     with pytest.raises(ConfigurationError, match=r"on\(Passengers.book, cache=True\): it may do something"):
         on(Passengers.book, cache=True)
+
+
+def test_each_filter_has_a_place_of_its_own_the_trace_too() -> None:
+    places = [module.PLACE for module in _innermost_first()]
+    assert len(set(places)) == len(places)
+    assert cache.PLACE < trace.PLACE

@@ -18,6 +18,7 @@ from quintet import (
     Contract,
     DeadlineExceeded,
     Fault,
+    InvalidMessage,
     LimitReached,
     Policy,
     RemoteError,
@@ -30,7 +31,9 @@ from quintet import (
     serve,
     stale,
 )
+from quintet.errors import UnknownOperation
 from quintet.fallback import KEPT
+from quintet.message import Message
 from quintet.testing import FakeClock
 
 
@@ -141,6 +144,23 @@ def test_a_declared_fault_is_an_answer_and_runs_no_fallback() -> None:
         desk.answer = lambda passenger_id: NoSuchPassenger(passenger_id=passenger_id)
         async with desk.client(on(Passengers.name, fallback=[["nobody"]])) as passengers:
             with pytest.raises(NoSuchPassenger):
+                await passengers.name("p-1")
+
+    run(main)
+
+
+@pytest.mark.parametrize("mistake", [InvalidMessage, UnknownOperation])
+def test_a_mistake_of_the_caller_runs_no_fallback(mistake: type[CallError]) -> None:
+    async def main() -> None:
+        desk = Desk()
+        async with desk.client(on(Passengers.name, fallback=[["nobody"]])) as passengers:
+            line = passengers.name._line
+
+            async def send(message: Message) -> Message:
+                raise mistake("so it cannot be asked")
+
+            line.sender.send = send  # type: ignore[attr-defined]
+            with pytest.raises(mistake):
                 await passengers.name("p-1")
 
     run(main)

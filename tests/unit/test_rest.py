@@ -36,6 +36,7 @@ from quintet.errors import (
     UnsupportedMediaType,
 )
 from quintet.message import Message
+from quintet.outcome import ANSWERED, OUTCOMES, outcome_of
 from quintet.wire.http import ATTEMPT, FIELDS, TIMEOUT, NotRouted, Response, Router, read_response
 
 HAL, JSON, MSGPACK, PROBLEM = (f"application/{name}" for name in ("hal+json", "json", "msgpack", "problem+json"))
@@ -669,6 +670,31 @@ def test_retry_after_is_whole_seconds_or_unknown(after: str, seconds: float | No
     assert failure.retry_after == seconds
 
 
+@pytest.mark.parametrize(
+    ("after", "date", "seconds"),
+    [
+        ("Mon, 30 Nov 2026 12:00:30 GMT", "Mon, 30 Nov 2026 12:00:00 GMT", 30.0),
+        ("Mon, 30 Nov 2026 11:00:00 GMT", "Mon, 30 Nov 2026 12:00:00 GMT", 0.0),
+        ("Mon, 30 Nov 2026 12:00:30 GMT", "", None),
+        ("Mon, 99 Nov 2026 12:00:30 GMT", "Mon, 30 Nov 2026 12:00:00 GMT", None),
+    ],
+)
+def test_retry_after_may_be_a_date(after: str, date: str, seconds: float | None) -> None:
+    headers = {":status": "503", "retry-after": after, "date": date}
+    failure = bound("get").failure(Message(channel=bound("get").channel, headers=headers))
+    assert isinstance(failure, Overloaded)
+    assert failure.retry_after == seconds
+
+
+@pytest.mark.parametrize("status", [300, 401, 403, 405, 408, 409, 410, 429, 451, 500, 501, 502, 503, 504])
+def test_only_a_status_that_says_that_the_service_is_ill_counts_as_its_failure(status: int) -> None:
+    message = Message(channel=bound("get").channel, headers={":status": str(status)})
+    failure = bound("get").failure(message)
+    assert failure is not None
+    ill = status >= 500 or status in (408, 429)
+    assert OUTCOMES[outcome_of(failure, message)] in (("failure", "timeout") if ill else ("answered",))
+
+
 def test_a_foreign_503_may_have_been_sent_in_the_middle_of_the_work() -> None:
     failure = bound("get").failure(Message(channel=bound("get").channel, headers={":status": "503"}))
     assert isinstance(failure, Overloaded)
@@ -680,6 +706,7 @@ def test_a_fault_that_the_contract_does_not_declare_is_a_remote_error() -> None:
     failure = bound("create").failure(reply)
     assert isinstance(failure, RemoteError)
     assert "NoSuchTrip" in str(failure)
+    assert outcome_of(failure, reply) == ANSWERED
 
 
 def test_a_problem_with_odd_members_is_still_told_by_its_code() -> None:

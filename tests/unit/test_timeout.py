@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from callee import HANG, Callee, Passengers, run
 
-from quintet import DeadlineExceeded, Policy, Safety, deadline
+from quintet import DeadlineExceeded, Policy, Safety, Service, connect, deadline, serve
 from quintet.filters import timeout
 from quintet.message import Message
 from quintet.testing import FakeClock
@@ -152,12 +152,54 @@ def test_with_no_time_left_nothing_is_sent_and_nobody_blamed() -> None:
 
 def test_a_timer_that_is_set_in_the_past_fires_at_once() -> None:
     async def main() -> None:
+        clock, fired = FakeClock(), []
+
+        class Noting:
+            def fire(self) -> None:
+                fired.append(clock.now())
+
+        for times in (1, 2):
+            clock.wheel(asyncio.get_running_loop()).set(clock.now() - 1, Noting())
+            await clock.advance(0.01)
+            assert len(fired) == times
+
+    run(main)
+
+
+def test_no_time_at_all_is_refused_before_sending() -> None:
+    async def main() -> None:
         service = callee()
-        service.always = HANG
-        until = service.clock.now() + 0.5
-        for _ in range(2):
-            call = asyncio.ensure_future(service.send(Message(channel=Passengers.get.channel, until=until)))
-            await service.clock.advance(0.51)
-            assert isinstance(call.exception(), DeadlineExceeded)
+        message = Message(channel=Passengers.get.channel, until=service.clock.now())  # using(timeout=0)
+        with pytest.raises(DeadlineExceeded, match="no time was left to send it") as refused:
+            await service.send(message)
+        assert refused.value.safety is Safety.NOT_SENT
+        assert service.begun == 0
+
+    run(main)
+
+
+def test_a_call_without_a_limit_waits_longer_than_its_policy_says() -> None:
+    async def main() -> None:
+        clock, asked = FakeClock(), asyncio.Event()
+        service = Service(Passengers)
+
+        @service.handles(Passengers.get)
+        async def get(passenger_id: str) -> str:
+            asked.set()
+            await clock.sleep(60)
+            return "late"
+
+        @service.handles(Passengers.book)
+        async def book(passenger_id: str) -> str:
+            return "booked"
+
+        async with (
+            serve(service, at="memory://", clock=clock),
+            connect(Passengers, "memory://", clock=clock) as passengers,
+        ):
+            call = asyncio.ensure_future(passengers.get.using(timeout=None)("p-1"))
+            await asked.wait()
+            await clock.advance(61)
+            assert await call == "late"
 
     run(main)

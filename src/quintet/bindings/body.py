@@ -9,7 +9,16 @@ from msgspec import Struct
 
 from quintet.binding import DECLINED, PENDING, Codecs, allowed_links
 from quintet.contract import Fault, Operation
-from quintet.errors import PROBLEM_MEDIA_TYPE, CallError, InvalidMessage, QuintetError, from_problem, to_problem
+from quintet.errors import (
+    BY_CODE,
+    PROBLEM_MEDIA_TYPE,
+    CallError,
+    InvalidMessage,
+    QuintetError,
+    RemoteError,
+    from_problem,
+    to_problem,
+)
 from quintet.message import Message
 
 _GOOD = frozenset({"", PENDING, DECLINED})
@@ -48,7 +57,13 @@ class Body:
             return None
         fault = self.codecs.classes.get(reply.status)
         if fault is None:
-            return from_problem(reply.body, reply.status)
+            if reply.status in BY_CODE or reply.media_type == PROBLEM_MEDIA_TYPE:
+                return from_problem(reply.body, reply.status)
+            undeclared = RemoteError(
+                f"{self._name}: answered with the fault {reply.status!r:.200}, which is not declared"
+            )
+            undeclared.answered = True
+            return undeclared
         codec = self.codecs.of(self.codecs.faults[reply.status], reply.media_type)
         return fault.from_record(codec.decode(reply.body))
 

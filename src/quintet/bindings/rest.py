@@ -11,6 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from hashlib import blake2b
 from http import HTTPStatus
@@ -32,6 +33,7 @@ from quintet.errors import (
     InvalidMessage,
     NotAcceptable,
     QuintetError,
+    RemoteError,
     Safety,
     UnsupportedMediaType,
     from_problem,
@@ -427,14 +429,17 @@ class Rest:
         if head.code in BY_CODE:
             return from_problem(reply.body, head.code)
         said = f"{self._name}: answered {status} {_PHRASES.get(status, '')}".rstrip()
-        code = "remote" if head.type.startswith(FAULT) else reply.status  # a fault that our contract does not declare
-        after = reply.headers.get("retry-after", "")
-        return (BY_CODE.get(code) or BY_CODE[FOREIGN.get(status, "remote")])(
+        undeclared = head.type.startswith(FAULT)
+        code = "remote" if undeclared else reply.status
+        failure = (BY_CODE.get(code) or BY_CODE[FOREIGN.get(status, "remote")])(
             ": ".join(filter(None, (said, head.title, head.detail))),
             safety=Safety.UNKNOWN if status == 503 else None,  # a foreign server may say so in the middle of its work
             correlation_id=reply.correlation_id,
-            retry_after=float(after) if after.isascii() and after.isdecimal() else None,
+            retry_after=_retry_after(reply.headers),
         )
+        if isinstance(failure, RemoteError):
+            failure.answered = undeclared or (status < 500 and status != HTTPStatus.REQUEST_TIMEOUT)
+        return failure
 
     def links(self, reply: Message) -> Mapping[str, str]:
         """By name, with the address where it is whole; "" where it is a template or leads to another server."""
@@ -690,6 +695,18 @@ def _filled(template: str, value: Any) -> str:
 def _seconds(wait: float) -> str:
     """RFC 7240 knows whole seconds; milliseconds are ours."""
     return f"{wait:.3f}".rstrip("0").rstrip(".")
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Retry-After in seconds, also where it is a date (RFC 9110, section 10.2.3): counted from the reply's own Date."""
+    after = headers.get("retry-after", "")
+    if after.isascii() and after.isdecimal() and len(after) <= 9:
+        return float(after)
+    try:
+        until, sent = (parsedate_to_datetime(text).timestamp() for text in (after, headers.get("date", "")))
+    except (ValueError, OverflowError):
+        return None
+    return max(0.0, until - sent)
 
 
 def _preferred_wait(headers: Mapping[str, str]) -> float:

@@ -87,12 +87,15 @@ class Circuit:
 
     @settings.setter
     def settings(self, settings: Breaker) -> None:
-        """Changes them while calls are under way; the state stays, the window too where it is as long as before."""
+        """Changes them while calls are under way, and judges by the new ones what was counted under the old.
+
+        The window is kept where it is as long as before. An open circuit waits no longer than the new `open_for`.
+        """
         if settings.window != self._settings.window:
             self.window = Window(settings.window, 3)
         if (settings.force_open, settings.force_closed) != (self._settings.force_open, self._settings.force_closed):
             self._begin()
-        self._settings = settings
+        changed, self._settings = settings != self._settings, settings
         self._min_calls = settings.min_calls
         counted = _KINDS | {REFUSED: _BAD} if settings.count_refusals else _KINDS
         self._kinds = [counted.get(outcome) for outcome in range(len(OUTCOMES))]
@@ -100,9 +103,26 @@ class Circuit:
         self._error_rate = Fraction(str(settings.error_rate)).as_integer_ratio()
         self._slow_rate = Fraction(str(settings.slow_rate)).as_integer_ratio()
         self._set_free()
+        if changed:
+            self._judge_again()
 
-    def admit(self) -> int:
-        """A permit for one attempt, to be handed back once by `settle`. Raises CircuitOpen."""
+    def _judge_again(self) -> None:
+        now = self._now()
+        if self.state == "closed":
+            self.window.at(now)
+            self.judge()
+        elif self.state == "open":
+            self._until = min(
+                self._until, now + (self._settings.longest if self._reopened else self._settings.open_for)
+            )
+        elif sum(self._probed) >= self._settings.probes:
+            self._decide()
+
+    def admit(self, until: float | None = None) -> int:
+        """A permit for one attempt, to be handed back once by `settle`. Raises CircuitOpen.
+
+        A probe that has not ended is given up after `open_for`, and not before `until`, when its own time is up.
+        """
         if self.free:
             return self.generation
         now, settings, how, wait = self._now(), self._settings, "forced open", None
@@ -114,7 +134,7 @@ class Circuit:
                     self._begin()  # probes that have not ended are given up, and others sent
                 if self._probing + sum(self._probed) < settings.probes:
                     self._probing += 1
-                    self._until = now + settings.open_for
+                    self._until = max(self._until, now + settings.open_for, until or 0.0)
                     return self.generation
             how, wait = self.state, self._until - now
         self.totals[SHORT_CIRCUITED] += 1
@@ -157,8 +177,10 @@ class Circuit:
 
     def _judge_probe(self, kind: int) -> None:
         self._probed[kind] += 1
-        if sum(self._probed) < self._settings.probes:
-            return
+        if sum(self._probed) >= self._settings.probes:
+            self._decide()
+
+    def _decide(self) -> None:
         if self._too_many(*self._probed):
             self._reopened += 1
             self._open()
@@ -215,15 +237,15 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
     slow_call = math.inf if settings.slow_call is None else settings.slow_call
     totals, latencies, later = circuit.totals, circuit.latencies, circuit.latencies.unfolded.append
 
-    def admit() -> int:
+    def admit(until: float | None) -> int:
         try:
-            return circuit.admit()
+            return circuit.admit(until)
         except CircuitOpen as error:
             watch.tell("refused", operation.full_name, error)
             raise
 
     async def breaker(message: Message) -> Message | None:
-        permit = circuit.generation if circuit.free else admit()
+        permit = circuit.generation if circuit.free else admit(message.until)
         try:
             reply = await handler(message)
         except BaseException as error:

@@ -7,7 +7,7 @@ from quintet.fallback import what_was_asked
 from quintet.filter import Guarded
 from quintet.message import Handler, Message
 
-PLACE = 10  # outermost: a reply that is there already costs nothing and counts nowhere
+PLACE = 8  # outermost, above the trace: a reply that is there already costs nothing and counts nowhere
 
 
 def client(guarded: Guarded, handler: Handler) -> Handler:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable
 
+from quintet.clock import Wheel
 from quintet.context import CURRENT
 from quintet.contract import Style
 from quintet.errors import DeadlineExceeded, Safety
@@ -12,6 +14,8 @@ from quintet.message import Handler, Message
 
 PLACE = 20  # above retry: all attempts together have this long
 
+GRAIN = Wheel.GRAIN  # a time-out is no more accurate, and preparing the message took some of it
+
 
 def client(guarded: Guarded, handler: Handler) -> Handler:
     name, timeout, now = guarded.operation.full_name, guarded.policy.timeout, guarded.clock.now
@@ -19,18 +23,29 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
     waits = guarded.operation.style in (Style.REQUEST, Style.SURVEY)
     expires = guarded.operation.expires
 
+    def too_late() -> DeadlineExceeded:
+        error = DeadlineExceeded(f"{name}: no time was left to send it", safety=Safety.NOT_SENT)
+        watch.tell("refused", name, error)
+        return error
+
     def deadline(message: Message) -> Awaitable[Message | None]:
         start = now()
         until = message.until  # set by using(timeout=...)
-        if until is None and timeout is not None:
-            until = start + timeout
+        if until is None:
+            if timeout is not None:
+                until = start + timeout
+        elif until == math.inf:
+            until = None
+        else:
+            if timeout is None or until < start + timeout - GRAIN:
+                message.hurried = until
+            if until <= start:
+                raise too_late()
         inherited = CURRENT.get().deadline
         if inherited is not None and (until is None or inherited < until):
-            until = inherited
+            message.hurried = until = inherited
             if until <= start:
-                error = DeadlineExceeded(f"{name}: no time was left to send it", safety=Safety.NOT_SENT)
-                watch.tell("refused", name, error)
-                raise error
+                raise too_late()
         message.until, message.begun = until, start
         if waits:
             message.deadline = until

@@ -1,7 +1,8 @@
-"""The limit on a rate: so many calls in so many seconds, evenly filled up again."""
+"""The limit on a rate: so many calls in any so many seconds."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 from quintet.contract import Style
@@ -14,31 +15,23 @@ PLACE = 35  # above the breaker: a call that is held back must not take the plac
 
 
 class Allowance:
-    """What may still be sent: a bucket that holds `calls` and fills up in `seconds`."""
+    """When the calls of the last `seconds` were let through, the oldest first. A change of the policy keeps them."""
 
     def __init__(self) -> None:
-        self.left = 0.0
-        self._settings: Rate | None = None
-        self._filled_at = 0.0
+        self._taken: deque[float] = deque()
 
     def __repr__(self) -> str:
-        return f"<allowance of {self.left:.1f} calls>"
-
-    def configure(self, settings: Rate, now: float) -> None:
-        """Changes the rate; what was used up stays used up."""
-        used = 0.0 if self._settings is None else self._settings.calls - self.left
-        self.left = max(0.0, settings.calls - used)
-        self._settings, self._filled_at = settings, now
+        return f"<allowance, {len(self._taken)} calls taken>"
 
     def take(self, settings: Rate, now: float) -> float:
         """Takes one call out: 0, or where there is none the seconds until there is."""
-        a_second = settings.calls / settings.seconds
-        self.left = min(settings.calls, self.left + (now - self._filled_at) * a_second)
-        self._filled_at = now
-        if self.left < 1:
-            return (1 - self.left) / a_second
-        self.left -= 1
-        return 0.0
+        taken, ended = self._taken, now - settings.seconds
+        while taken and taken[0] <= ended:
+            taken.popleft()
+        if len(taken) < settings.calls:
+            taken.append(now)
+            return 0.0
+        return taken[-settings.calls] - ended
 
 
 def client(guarded: Guarded, handler: Handler) -> Handler:
@@ -70,7 +63,6 @@ def _limit(guarded: Guarded, handler: Handler, over: Callable[[Rate, float], Cal
     if not isinstance(settings, Rate):
         return handler
     allowance = guarded.state(settings.per).of(Allowance, Allowance)
-    allowance.configure(settings, now())
     name, watch = guarded.operation.full_name, guarded.watch
 
     async def rate(message: Message) -> Message | None:
