@@ -428,7 +428,7 @@ def test_a_message_that_is_nested_too_deep_is_refused(name: str, opening: bytes,
 
 @pytest.mark.parametrize(("name", "body"), [("json", b'"\xff"'), ("msgpack", b"\xa1\xff")])
 def test_text_that_is_not_utf_8_is_refused(name: str, body: bytes) -> None:
-    with pytest.raises(InvalidMessage, match="the body holds text that is not valid UTF-8"):
+    with pytest.raises(InvalidMessage, match="UTF-8"):
         FORMATS[name].codec(str).decode(body)
 
 
@@ -439,7 +439,7 @@ def test_malformed_json_is_refused(body: bytes) -> None:
 
 
 def test_an_item_that_is_not_hashable_is_refused() -> None:
-    with pytest.raises(InvalidMessage, match="unhashable type: 'list'"):
+    with pytest.raises(InvalidMessage, match="hashable"):
         FORMATS["json"].codec(set[Any]).decode(b"[[1]]")
 
 
