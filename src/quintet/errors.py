@@ -258,7 +258,7 @@ def from_problem(body: bytes, code: str = "") -> CallError:
     """The failure that `to_problem` wrote; anything unreadable becomes a RemoteError that says so."""
     try:
         problem = _decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):  # nested too deep
         problem = Problem(detail="the service failed and its error could not be read")
     kind = BY_CODE.get(problem.code or code, RemoteError)
     return kind(

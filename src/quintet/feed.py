@@ -346,7 +346,7 @@ class Feed:
         if not text:
             try:
                 status, text = 200, await self.obey(msgspec.json.decode(message.body, type=Order))
-            except (msgspec.MsgspecError, UnicodeDecodeError, ConfigurationError) as error:
+            except (msgspec.MsgspecError, RecursionError, ConfigurationError) as error:
                 status, text = 400, str(error)
             except (CallError, TransportError) as error:
                 status, text = 503, str(error)

@@ -178,7 +178,7 @@ class Collector:
                         self.take(source, decode(event))
                         pause = 0.25
                 source.trouble = "it ended"
-            except (OSError, QuintetError, msgspec.MsgspecError, httptools.HttpParserError) as error:
+            except (OSError, QuintetError, msgspec.MsgspecError, RecursionError, httptools.HttpParserError) as error:
                 source.trouble = str(error)
             source.up = False
             await self._clock.sleep(pause)
@@ -492,11 +492,14 @@ async def _exchange(
 
 async def _events(body: _Body) -> AsyncIterator[bytes]:
     """The data of each server-sent event. Raises Unavailable for one that has no end."""
-    rest = b""
+    held = bytearray()
     async for chunk in body:
-        *events, rest = (rest + chunk).split(b"\n\n")
-        if len(rest) > LARGEST:
-            raise Unavailable(f"a snapshot of more than {LARGEST} bytes is not read")
-        for event in events:
+        seen = max(0, len(held) - 1)  # the end of an event may have come in two pieces
+        held += chunk
+        while (end := held.find(b"\n\n", seen)) >= 0:
+            event, seen = bytes(held[:end]), 0
+            del held[: end + 2]
             if event.startswith(b"data:"):
                 yield event[5:].strip()
+        if len(held) > LARGEST:
+            raise Unavailable(f"a snapshot of more than {LARGEST} bytes is not read")

@@ -117,7 +117,7 @@ class Site:
         try:
             order = msgspec.json.decode(body, type=Order)
             said = await self._collector.order(order)
-        except (msgspec.MsgspecError, ConfigurationError) as error:
+        except (msgspec.MsgspecError, RecursionError, ConfigurationError) as error:
             await _answer(send, 400, str(error))
         except QuintetError as error:
             await _answer(send, 502, str(error))

@@ -62,6 +62,7 @@ from quintet.wire.http import (
     ResponseParser,
     ResponseParts,
     Router,
+    declared_length,
     problem_parts,
     read_headers,
     read_request,
@@ -511,7 +512,7 @@ class _Server:
 
     async def _answer(self, scope: _Scope, headers: dict[str, str], receive: _Receive) -> ResponseParts | Shown | None:
         """None where the client left before its request was whole, or before it was begun."""
-        if int(headers.get("content-length", 0)) > self.max_body:
+        if declared_length(headers) > self.max_body:
             return self._too_large(headers)
         event = await receive()
         body: bytes = event.get("body", b"")

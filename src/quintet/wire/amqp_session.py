@@ -159,6 +159,8 @@ class Outlet(Line):
         if not confirm.multiple:
             self._settle(unconfirmed.pop(confirm.tag, None), confirm.taken)
             return
+        if confirm.tag > self._tag:
+            raise ProtocolError(f"a confirmation of message {confirm.tag} where {self._tag} were published")
         for tag in range(self._lowest, (confirm.tag or self._tag) + 1):
             if tag in unconfirmed:
                 self._settle(unconfirmed.pop(tag), confirm.taken)
@@ -290,7 +292,7 @@ class Wire(Session):
     def lasting(self) -> bool:
         """From RabbitMQ 4 on, what several connections share has to be durable."""
         major = str(self.server.get("version", "")).partition(".")[0]
-        return major.isdigit() and int(major) >= 4
+        return major.isascii() and major.isdigit() and len(major) < 9 and int(major) >= 4
 
     async def lay(self, place: Place, channel: Channel) -> None:
         """Declares a queue and binds it. Raises Closed."""

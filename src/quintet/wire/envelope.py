@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from msgspec import Struct, msgpack
+from msgspec import DecodeError, Struct, msgpack
 
 from quintet.message import Channel, Message
 
@@ -36,7 +36,10 @@ def pack(message: Message) -> bytes:
 
 def unpack(packed: bytes, channel: Channel, attempt: int = 1, deadline: float | None = None) -> Message:
     """The reverse of `pack`. Raises DecodeError."""
-    e = _decode(packed)
+    try:
+        e = _decode(packed)
+    except RecursionError:
+        raise DecodeError("it is nested too deep") from None
     return Message(
         channel=channel,
         body=e.body,

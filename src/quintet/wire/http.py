@@ -307,6 +307,11 @@ def add_header(headers: dict[str, str], raw_name: bytes, raw_value: bytes) -> No
     headers[name] = value
 
 
+def declared_length(headers: dict[str, str]) -> int:
+    """The Content-Length, 0 where there is none: a number, as the parser has checked, which may have any length."""
+    return int(headers.get("content-length", "").strip().lstrip("0")[:19] or 0)
+
+
 def read_headers(lines: Lines) -> dict[str, str]:
     """Names in lower case; what stands twice is joined by commas."""
     try:
@@ -346,7 +351,7 @@ def read_request(channel: Channel, headers: dict[str, str], body: bytes, now: fl
 
 def _number(headers: dict[str, str], name: str) -> int:
     text = headers[name]
-    if not text.isdecimal() or len(text) > 12:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 12:
         raise InvalidMessage(f"the header {name.title()} must be a whole number, not {text[:40]!r}")
     return int(text)
 
@@ -509,8 +514,8 @@ class ResponseParser:
         headers = self._headers
         self._in_head = False
         self._framed = "content-length" in headers or "transfer-encoding" in headers
-        if int(headers.get("content-length", 0)) > self.max_body and not self._head_only:
-            raise TooLarge(f"the answer has {headers['content-length']} bytes, more than the {self.max_body} allowed")
+        if declared_length(headers) > self.max_body and not self._head_only:
+            raise TooLarge(f"the answer has {headers['content-length']:.19} bytes, {self.max_body} are allowed")
         if self._head_only:  # the parser would wait for the body, so this connection ends here
             self._response = Response(self._status, headers, b"", False)
 

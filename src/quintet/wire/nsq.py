@@ -354,7 +354,7 @@ def _open(body: bytes) -> tuple[bytes, dict[str, str]]:
     line = body[len(ENVELOPE) : end]
     try:
         headers = _decode(line)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         try:
             headers = {
                 name: str(value) for name, value in _decode_any(line).items() if isinstance(value, str | int | float)

@@ -99,5 +99,5 @@ def read(body: bytes, kind: type[K], url: str) -> K:
     """An answer as what it should be. Raises ProtocolError."""
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ProtocolError(f"{url} answered with what is not NSQ's: {error}") from None

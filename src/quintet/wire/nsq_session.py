@@ -210,7 +210,7 @@ class NSQ(Session):
             said = await self._step(nsq.identify(features))
             try:
                 self.limits = msgspec.json.decode(said, type=Limits)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, RecursionError):
                 raise ProtocolError(f"nsqd answered to IDENTIFY with {said[:100]!r}, which is no JSON") from None
             if profile.secured is not None:
                 self._insist(self.limits.tls_v1, "TLS", "start it with --tls-cert and --tls-key, or take ?tls=off")

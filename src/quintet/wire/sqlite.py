@@ -468,7 +468,7 @@ def drop(transaction: Transaction, ids: Sequence[str]) -> int:
 
 
 def _numbers(ids: Sequence[str]) -> list[int]:
-    return [int(text) for text in ids if text.isdecimal()]
+    return [int(text) for text in ids if text.isdecimal() and len(text) < 19]
 
 
 def create(transaction: Transaction, _: None) -> None:

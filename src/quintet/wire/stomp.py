@@ -60,7 +60,8 @@ class Parser:
         self._held: list[bytes] = []  # the beginning of a frame, in the pieces in which it came
         self._size = 0
         self._worth = 0  # how much of the frame there must be before it is worth a look,
-        self._until = b""  # or what must have come, up to that size
+        self._until: tuple[bytes, ...] = ()  # or one of these must have come, up to that size
+        self._tail = b""  # the last bytes held: a mark may have come in two pieces
         self._error: ProtocolError | None = None
 
     def __repr__(self) -> str:
@@ -73,7 +74,9 @@ class Parser:
         if self._held:
             self._held.append(data)
             self._size += len(data)
-            if self._size < self._worth and not (self._until and self._until in data):
+            seam = self._tail + data
+            if self._size < self._worth and not any(mark in seam for mark in self._until):
+                self._tail = seam[-2:]
                 return
             data = b"".join(self._held)
             self._held = []
@@ -107,8 +110,9 @@ class Parser:
         if start < size:
             self._held = [data[start:] if start else data]
             self._size = size - start
+            self._tail = self._held[0][-2:]
 
-    def _wait(self, size: int, until: bytes = b"") -> None:
+    def _wait(self, size: int, *until: bytes) -> None:
         self._worth, self._until = size, until
 
     def _head(self, data: bytes, start: int) -> tuple[int, int]:
@@ -122,7 +126,7 @@ class Parser:
         if (len(data) - 2 if end < 0 else end) - start > MAX_HEAD:
             raise ProtocolError(f"the head of a frame has more than {MAX_HEAD} bytes")
         if end < 0:
-            self._wait(MAX_HEAD + 3, b"\n")
+            self._wait(MAX_HEAD + 3, b"\n\n", *(() if self.version in ("1.0", "1.1") else (b"\n\r\n",)))
         return end, body
 
     def _parse(self, head: bytes) -> tuple[str, dict[str, str]]:
