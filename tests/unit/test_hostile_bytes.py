@@ -134,9 +134,8 @@ async def test_an_answer_whose_content_length_has_thousands_of_digits_is_read() 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         length = b"0" * 4399 + b"4"
-        writer.write(
-            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: " + zeros + b'4\r\n\r\n"hi"'
-        )
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: "
+        writer.write(head + length + b'\r\n\r\n"hi"')
         writer.close()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
