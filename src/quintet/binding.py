@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from msgspec import Struct
 
-from quintet.contract import Fault, Operation
-from quintet.errors import CallError, ContractError, QuintetError, UnsupportedMediaType
+from quintet.contract import FANOUT, Fault, Operation
+from quintet.errors import CallError, ContractError, QuintetError, RemoteError, UnsupportedMediaType
 from quintet.format import Codec, by_media_type, format_named, installed
 from quintet.message import Channel, Message
 
@@ -17,6 +17,10 @@ PENDING = "pending"
 """The status of a reply that says: no answer yet, ask again."""
 DECLINED = "declined"
 """The status of a reply to a survey that says: I have no answer."""
+
+
+FAULT = "fault:"
+"""What the status of a reply begins with that is a fault; its name follows."""
 
 
 class Bound(Protocol):
@@ -39,6 +43,10 @@ class Bound(Protocol):
 
     def links(self, reply: Message) -> Mapping[str, str]:
         """The operations that may follow, by link name, with their address where the binding knows one."""
+        ...
+
+    def follow(self, message: Message, href: str, said: Collection[str]) -> None:
+        """Send a request to the address that a link named; `said` are the parameters that the caller gave beside it."""
         ...
 
     # on the service's side
@@ -68,6 +76,20 @@ def bind(binding: str, operation: Operation[Any, Any, Any], format_name: str = "
     format is installed is read. Raises ContractError where the operation cannot be bound."""
     bound: Bound = importlib.import_module(f"quintet.bindings.{binding}").bind(operation, format_name)
     return bound
+
+
+def check(operation: Operation[Any, Any, Any]) -> None:
+    """Raise ContractError where a binding has no place for one of the operation's parameters."""
+    if operation.style not in FANOUT:
+        importlib.import_module("quintet.bindings.rest").Route(operation)
+
+
+def undeclared(name: str, code: str) -> RemoteError:
+    """The failure that stands for a fault of a later version: an answer, whose fields our contract does not know."""
+    fault = code.removeprefix(FAULT)
+    error = RemoteError(f"{name}: answered with the fault {fault!r:.200}, which the contract here does not declare")
+    error.answered = True
+    return error
 
 
 class Codecs:

@@ -353,9 +353,10 @@ class Line:
         target = self._lines[operation.links[name].operation]
         filled = fill_link(operation, name, value)
         open_fields = [field for field in target.sender.operation.record.__struct_fields__ if field not in filled]
-        message = target.sender.prepare((), filled | dict(zip(open_fields, args, strict=False)) | kwargs)
+        said = dict(zip(open_fields, args, strict=False)) | kwargs
+        message = target.sender.prepare((), filled | said)
         if href:
-            message.headers[":path"] = href
+            target.sender.bound.follow(message, href, said)
         return target._value_of(message, await target.sender.send(message))
 
     async def result(self, pending_id: str, wait: float | None) -> Any:

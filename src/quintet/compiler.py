@@ -18,6 +18,7 @@ from uuid import UUID
 import msgspec
 from msgspec import NODEFAULT, UNSET, Meta, Struct, UnsetType
 
+from quintet import binding
 from quintet.contract import Contract, Fault, Operation, check
 from quintet.errors import ContractError
 from quintet.model import (
@@ -93,6 +94,8 @@ def model_of(contract: type[Contract]) -> ContractModel:
     compiler = _Compiler()
     marks = _Marks(contract)
     operations = {name: compiler.operation(operation) for name, operation in info.operations.items()}
+    for operation in info.operations.values():
+        binding.check(operation)
     for name in operations:
         if name in marks.names:
             raise ContractError(f"contract {contract.__name__}: the operation name {name!r} is reserved; take another")

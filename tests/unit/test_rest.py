@@ -22,6 +22,7 @@ from msgspec import Meta, Struct
 
 from quintet.binding import PENDING
 from quintet.bindings.rest import Rest, bind, negotiate
+from quintet.compiler import model_of
 from quintet.contract import Contract, Fault, Http, Link, async_request, event, notification, request
 from quintet.errors import (
     BY_CODE,
@@ -33,6 +34,7 @@ from quintet.errors import (
     RemoteError,
     Safety,
     TooLarge,
+    UnknownOperation,
     UnsupportedMediaType,
 )
 from quintet.message import Message
@@ -151,6 +153,7 @@ def arrive(binding: Rest, message: Message, **headers: str) -> Message:
     return Message(
         channel=binding.channel,
         id=message.id,
+        operation=message.operation,
         media_type=message.media_type,
         body=message.body,
         headers=message.headers | found | headers,
@@ -395,8 +398,8 @@ UNFIT = [
     ("create", "/v2/trips", b'{"id":"t","pickup":{"lat":"x","lon":1}}', "pickup.lat", "Expected `float`"),
     ("create", "/v2/trips", b"{}", "id", "missing required field"),
     ("create", "/v2/trips", b"", "trip", "the request has no body"),
-    ("move", "/v2/trips/t-1", b'{"pickup":{"lat":1}}', "pickup.lon", "missing required field"),
-    ("move", "/v2/trips/t-1", b"{}", "pickup", "missing required field"),
+    ("move", "/v2/trips/t-1", b'{"lat":1}', "lon", "missing required field"),
+    ("move", "/v2/trips/t-1", b"{}", "lat", "missing required field"),
     ("receipt", "/v2/trips/t-1/receipt", b'{"copies":"two"}', "copies", "Expected `int`"),
 ]
 
@@ -431,7 +434,8 @@ BODIES = [
     ("create", 2, (Trip("t"),), {"id": "t", "state": "open", "pickup": None}),  # the one record is the body
     ("create", 0, (Trip("t"),), {"trip": {"id": "t", "state": "open", "pickup": None}}),
     ("note", 2, (Note("hi"),), {"text": "hi"}),
-    ("move", 2, ("t", Place(1, 2)), {"pickup": {"lat": 1, "lon": 2}, "reason": "moved"}),
+    ("move", 2, ("t", Place(1, 2)), {"lat": 1, "lon": 2}),  # what has a default travels in the query
+    ("move", 1, ("t", Place(1, 2)), {"lat": 1, "lon": 2}),
     ("move", 0, ("t", Place(1, 2)), {"trip_id": "t", "pickup": {"lat": 1, "lon": 2}, "reason": "moved"}),
     ("receipt", 2, ("t", 3), {"copies": 3}),
     ("get", 1, ("t",), None),
@@ -467,6 +471,108 @@ def test_any_installed_format_is_read_and_others_are_refused_by_name() -> None:
     assert read == bound("create").operation.record(Trip("t"))
     with pytest.raises(UnsupportedMediaType, match=f"'text/csv'; send one of {JSON}, {MSGPACK}"):
         bound("create").arguments(curl(bound("create"), "/v2/trips", b"t", "text/csv"))
+
+
+class Placed(Contract, name="placed"):
+    """Which parameters are the body: only those without a default decide."""
+
+    @request
+    async def one(self, trip: Trip) -> None: ...
+    @request
+    async def beside(self, trip: Trip, note: str = "", state: State = State.OPEN, tags: Sequence[str] = ()) -> None: ...
+    @request
+    async def two(self, trip: Trip, place: Place) -> None: ...
+    @request
+    async def value(self, text: str, place: Place | None = None) -> None: ...
+    @request
+    async def defaulted(self, trip: Trip | None = None) -> None: ...
+    @request
+    async def optional(self, trip: Trip | None) -> None: ...
+    @request
+    async def mapping(self, counts: dict[str, int], note: str = "") -> None: ...
+
+
+T = {"id": "t", "state": "open", "pickup": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "query", "body"),
+    [
+        ("one", (Trip("t"),), "", T),
+        ("beside", (Trip("t"),), "?note=&state=open", T),
+        ("beside", (Trip("t"), "a&b", State.DONE, ["c", "d"]),
+         "?note=a%26b&state=done%2Fwith%20spaces%20%26%20more&tags=c&tags=d", T),
+        ("two", (Trip("t"), Place(1, 2)), "", {"trip": T, "place": {"lat": 1, "lon": 2}}),
+        ("value", ("x", Place(1, 2)), "", {"text": "x", "place": {"lat": 1, "lon": 2}}),
+        ("defaulted", (Trip("t"),), "", {"trip": T}),
+        ("optional", (Trip("t"),), "", {"trip": T}),
+        ("mapping", ({"a": 1}, "b"), "?note=b", {"a": 1}),
+    ],
+)  # fmt: skip
+def test_only_parameters_without_a_default_decide_what_the_body_is(
+    name: str, arguments: Any, query: str, body: Any
+) -> None:
+    binding = bind(getattr(Placed, name), "json")
+    sent = binding.operation.record(*arguments)
+    message = binding.request(sent)
+    assert message.headers[":path"] == f"/v1/placed/{name}{query}"
+    assert msgspec.json.decode(message.body) == body
+    assert binding.arguments(arrive(binding, message)) == sent
+
+
+def test_a_second_shape_of_a_body_is_not_read() -> None:
+    binding = bind(Placed.beside, "json")
+    with pytest.raises(InvalidMessage, match="id: missing required field"):
+        binding.arguments(curl(binding, "/v1/placed/beside", b'{"trip":{"id":"t"},"note":"x"}'))
+
+
+@pytest.mark.parametrize(
+    ("added", "default", "why"),
+    [
+        (Place | None, None, "its type cannot stand in a query"),
+        (dict[str, int], {}, "its type cannot stand in a query"),
+        (list[int] | None, None, "in a query an empty list looks like none given"),
+        (tuple[int, ...], (1,), "in a query an empty list looks like none given"),
+        (str | None, "x", "in a query None looks like not given"),
+    ],
+)
+@pytest.mark.parametrize("style", [request, notification, async_request])
+@pytest.mark.parametrize("level", range(4))
+def test_what_cannot_travel_beside_the_body_is_refused_when_the_contract_is_made(
+    added: Any, default: Any, why: str, style: Any, level: int
+) -> None:
+    async def create(self: Any, trip: Trip, more: Any = default) -> None: ...
+
+    create.__annotations__["more"] = added
+
+    class Odd(Contract, http_level=level):
+        operation = style(create)
+
+    if level == 0:  # the body is the record of all
+        assert model_of(Odd)
+        return
+    said = f"Odd.operation: parameter 'more': {why}: put it into the record 'trip', which is the body over HTTP"
+    with pytest.raises(ContractError) as raised:
+        model_of(Odd)
+    assert str(raised.value) == said
+
+
+def test_at_level_one_an_operation_of_a_later_version_is_not_taken_for_another() -> None:
+    class Trips(Contract, name="trips", version="2.1", http_level=1):
+        @request(http="GET /trips/{trip_id}")
+        async def get(self, trip_id: str) -> Trip: ...
+
+    class Later(Contract, name="trips", version="2.2", http_level=1):
+        @request(http="GET /trips/{trip_id}")
+        async def get(self, trip_id: str) -> Trip: ...
+        @request(http="DELETE /trips/{trip_id}")
+        async def cancel(self, trip_id: str) -> None: ...
+
+    served = bind(Trips.get, "json")
+    with pytest.raises(UnknownOperation, match=r"trips\.cancel is not served here, only trips\.get"):
+        served.arguments(arrive(served, bind(Later.cancel, "json").request(Later.cancel.record("t"))))
+    known = bind(Later.get, "json").request(Later.get.record("t"))
+    assert served.arguments(arrive(served, known)) == Trips.get.record("t")
 
 
 # --- replies
@@ -705,8 +811,57 @@ def test_a_fault_that_the_contract_does_not_declare_is_a_remote_error() -> None:
     reply = bound("get").refuse(Message(channel=bound("get").channel), NoSuchTrip(trip_id="t"))
     failure = bound("create").failure(reply)
     assert isinstance(failure, RemoteError)
-    assert "NoSuchTrip" in str(failure)
+    assert str(failure) == (
+        "trips.create: answered with the fault 'NoSuchTrip', which the contract here does not declare"
+    )
     assert outcome_of(failure, reply) == ANSWERED
+
+
+def test_an_undeclared_fault_says_nothing_of_ours_by_its_fields_or_status() -> None:
+    class Banned(Fault, status=503):
+        title: str = "t"
+        detail: str = "d"
+        safety: str = "not sent"
+        retry_after: float = 5.0
+        correlation_id: str = "c"
+        path: str = "p"
+
+    class Later(Contract, name="trips", version="2.2"):
+        @request(http="GET /trips/{trip_id}", faults=[Banned])
+        async def get(self, trip_id: str) -> Trip: ...
+
+    reply = bind(Later.get, "json").refuse(Message(channel=Later.get.channel), Banned())
+    reply.headers["retry-after"] = "7"
+    assert bind(Later.get, "json").failure(reply) == Banned()
+    failure = bound("get").failure(reply)
+    assert isinstance(failure, RemoteError)
+    assert failure.answered
+    assert (failure.safety, failure.retry_after, failure.correlation_id) == (Safety.FAILED, None, "")
+    reply.body = b""  # a proxy took it away: its name is in a header too
+    assert "'Banned'" in str(bound("get").failure(reply))
+
+
+def test_a_field_that_a_fault_gets_moves_no_other() -> None:
+    class TooFar(Fault, status=409):
+        km: float
+        nearest: Place | None = None
+        detail: str = "none"
+        fields: list[int] = []
+
+    class Later(Contract, name="trips", version="2.2"):
+        @request(http="GET /trips/{trip_id}", faults=[TooFar])
+        async def get(self, trip_id: str) -> Trip: ...
+
+    later, earlier = bind(Later.get, "json"), bound("get")
+    new, old = TooFar(km=1.5, detail="d"), globals()["TooFar"](km=1.5)
+    written = later.refuse(Message(channel=later.channel), new)
+    assert msgspec.json.decode(written.body) == {
+        "type": "urn:quintet:fault:TooFar", "title": "TooFar", "status": 409, "km": 1.5, "nearest": None,
+        "fields": {"detail": "d", "fields": []},
+    }  # fmt: skip
+    assert later.failure(written) == new
+    assert earlier.failure(written) == old
+    assert later.failure(earlier.refuse(Message(channel=earlier.channel), old)) == TooFar(km=1.5)
 
 
 def test_a_problem_with_odd_members_is_still_told_by_its_code() -> None:
@@ -843,6 +998,22 @@ def test_below_level_three_there_are_no_links(level: int) -> None:
     reply = answered(bound("get", level), Trip("t"))
     assert b"_links" not in reply.body
     assert bound("get", level).links(reply) == {}
+
+
+@pytest.mark.parametrize(
+    ("href", "said", "path"),
+    [
+        ("/x", {}, "/x"),
+        ("/x?trip=a&token=1", {}, "/x?trip=a&token=1"),  # what the caller did not say is the server's
+        ("/x?trip=a&token=1", {"trip": "b"}, "/x?token=1&trip=b"),
+        ("/x", {"near": 1.5, "states": [State.OPEN]}, "/x?near=1.5&states=open"),
+    ],
+)
+def test_a_link_is_followed_with_what_the_caller_says_beside_it(href: str, said: dict[str, Any], path: str) -> None:
+    binding = bound("around", 3)
+    message = binding.request(binding.operation.record(**said))
+    binding.follow(message, href, said)
+    assert message.headers[":path"] == path
 
 
 def test_what_was_created_links_to_itself_and_an_empty_record_can_carry_links() -> None:

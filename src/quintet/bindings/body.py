@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from msgspec import Struct
 
-from quintet.binding import DECLINED, PENDING, Codecs, allowed_links
+from quintet.binding import DECLINED, FAULT, PENDING, Codecs, allowed_links, undeclared
 from quintet.contract import Fault, Operation
 from quintet.errors import (
     BY_CODE,
@@ -15,7 +15,6 @@ from quintet.errors import (
     CallError,
     InvalidMessage,
     QuintetError,
-    RemoteError,
     from_problem,
     to_problem,
 )
@@ -57,18 +56,18 @@ class Body:
             return None
         fault = self.codecs.classes.get(reply.status)
         if fault is None:
-            if reply.status in BY_CODE or reply.media_type == PROBLEM_MEDIA_TYPE:
+            ours = reply.status in BY_CODE or reply.media_type == PROBLEM_MEDIA_TYPE
+            if ours and not reply.status.startswith(FAULT):
                 return from_problem(reply.body, reply.status)
-            undeclared = RemoteError(
-                f"{self._name}: answered with the fault {reply.status!r:.200}, which is not declared"
-            )
-            undeclared.answered = True
-            return undeclared
+            return undeclared(self._name, reply.status)
         codec = self.codecs.of(self.codecs.faults[reply.status], reply.media_type)
         return fault.from_record(codec.decode(reply.body))
 
     def links(self, reply: Message) -> Mapping[str, str]:
         return dict.fromkeys(filter(None, reply.headers.get(_LINKS, "").split(",")), "")
+
+    def follow(self, message: Message, href: str, said: Collection[str]) -> None:
+        """Do nothing: a channel is no address that a reply could name."""
 
     def arguments(self, message: Message) -> Struct:
         record: Struct = self.codecs.of(self.codecs.records, message.media_type).decode(message.body)

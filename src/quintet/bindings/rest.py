@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from hashlib import blake2b
@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote
 import msgspec
 from msgspec import NODEFAULT, Struct, convert, inspect, structs, to_builtins
 
-from quintet.binding import PENDING, allowed_links, fill_link
+from quintet.binding import FAULT, PENDING, allowed_links, fill_link, undeclared
 from quintet.contract import FANOUT, Fault, Operation, Style
 from quintet.errors import (
     BY_CODE,
@@ -35,6 +35,7 @@ from quintet.errors import (
     QuintetError,
     RemoteError,
     Safety,
+    UnknownOperation,
     UnsupportedMediaType,
     from_problem,
     to_problem,
@@ -46,10 +47,9 @@ from quintet.wire.http import FOREIGN
 JSON: Final = "application/json"
 HAL: Final = "application/hal+json"
 URN: Final = "urn:quintet:"  # with a fault's code behind it, the type of its problem
-FAULT: Final = f"{URN}fault:"
 RETRY_AFTER: Final = "1"  # seconds, for who asks again without Prefer: wait
 PROBLEM_MEMBERS: Final = frozenset({"type", "title", "status", "detail", "instance"})
-"""RFC 9457, section 3.1. A fault with a field of one of these names travels with all its fields under `fields`."""
+"""RFC 9457, section 3.1. What a fault has in a field of one of these names travels under `fields`."""
 
 
 # --- one parameter as text: what stands in a path or a query
@@ -75,24 +75,31 @@ class Parameter(Struct, frozen=True):
     default: bool
 
     @classmethod
-    def of(cls, operation: Operation[Any, Any, Any], field: structs.FieldInfo, place: str) -> Parameter:
-        """Raises ContractError, naming what to write instead, where the type cannot stand in a path or query."""
+    def of(
+        cls, operation: Operation[Any, Any, Any], field: structs.FieldInfo, place: str, whole_body: str = ""
+    ) -> Parameter:
+        """Raises ContractError, naming what to write instead, where the type cannot stand in a path or query.
+
+        `whole_body`: the parameter that is the body, where this one travels beside it.
+        """
         kinds = _kinds(field.type)
         first, *others = [kind for kind in kinds if not isinstance(kind, inspect.NoneType)] or kinds
         optional = len(kinds) > 1 + len(others)
         many = isinstance(first, _LISTS)
         item = _bare(first.item_type) if isinstance(first, _LISTS) else first
-        wrong = ""
+        why, instead = "", ""
         if others or not isinstance(item, _SCALARS) or _is_mixed(item):
-            wrong = f"its type cannot stand in a {place}: pass what it holds as parameters, or use POST"
+            why, instead = f"its type cannot stand in a {place}", "pass what it holds as parameters, or use POST"
         elif place == "path" and (optional or many):
-            wrong = "what stands in a path is one value that is always there: take it out of the {braces}"
+            why, instead = "what stands in a path is one value that is always there", "take it out of the {braces}"
         elif many and (optional or field.default not in (NODEFAULT, (), frozenset())):
-            wrong = "in a query an empty list looks like none given: make its default the empty list"
+            why, instead = "in a query an empty list looks like none given", "make its default the empty list"
         elif optional and field.default not in (NODEFAULT, None):
-            wrong = "in a query None looks like not given: make its default None"
-        if wrong:
-            raise ContractError(f"{operation!r}: parameter {field.name!r}: {wrong}")
+            why, instead = "in a query None looks like not given", "make its default None"
+        if why and whole_body:
+            instead = f"put it into the record {whole_body!r}, which is the body over HTTP"
+        if why:
+            raise ContractError(f"{operation!r}: parameter {field.name!r}: {why}: {instead}")
         plain = first == inspect.StrType()
         return cls(
             field.name, f"{quote(field.name)}=", _without_none(field.type), plain, many, optional, not field.required
@@ -137,6 +144,15 @@ def _is_mixed(kind: Any) -> bool:
 
 def _is_record(annotation: Any) -> bool:
     return all(isinstance(kind, _RECORDS) for kind in _kinds(annotation))
+
+
+def _whole_body(fields: Mapping[str, structs.FieldInfo]) -> str:
+    """The name of the one parameter that is the body; "" where the body is the record of all of them.
+
+    Only parameters without a default decide, so that adding one with a default changes no body.
+    """
+    required = [name for name, field in fields.items() if field.required]
+    return required[0] if len(required) == 1 and _is_record(fields[required[0]].type) else ""
 
 
 def _without_none(annotation: Any) -> Any:
@@ -225,11 +241,15 @@ class Route:
         self.collects = operation.parent is not None and "wait" in fields
         # how long to wait for a pending answer is a preference, not part of what it identifies (RFC 7240, section 4.3)
         self.waits = self.collects and self.level >= 2 and bool(fields.pop("wait"))
-        self.in_query: dict[str, Parameter] = {}
-        if self.verb in ("GET", "DELETE"):
-            self.in_query = {name: Parameter.of(operation, field, "query") for name, field in fields.items()}
-            fields = {}
-        self.in_body = fields
+        bodiless = self.verb in ("GET", "DELETE")
+        self.whole_body = "" if bodiless or self.level == 0 else _whole_body(fields)
+        query, self.in_body = (fields, {}) if bodiless else ({}, fields)
+        if self.whole_body:
+            self.in_body = {self.whole_body: fields.pop(self.whole_body)}
+            query = fields
+        self.in_query = {
+            name: Parameter.of(operation, field, "query", self.whole_body) for name, field in query.items()
+        }
         self._path_values = [(name, attrgetter(name)) for name in names]
         self._path_format = _BRACES.sub("%s", self.path.replace("%", "%%"))
 
@@ -350,7 +370,7 @@ class Rest:
         self._media_type = format_named(format_name).media_type
         self._record = operation.record
         self._params = [(name, f":param-{name}", one) for name, one in route.in_path.items()]
-        self._body_type, self._single = _body_type(route)
+        self._body_type = _body_type(route)
         self._bodies = _codecs(operation, self._body_type, self._media_type) if route.in_body else {}
         self._missing = next((name for name, field in route.in_body.items() if field.required), "")
 
@@ -394,8 +414,8 @@ class Rest:
         )
 
     def _body_of(self, record: Struct) -> Any:
-        if self._single:
-            return getattr(record, self._single)
+        if self.route.whole_body:
+            return getattr(record, self.route.whole_body)
         if self._body_type is self._record:
             return record
         return self._body_type(**{name: getattr(record, name) for name in self.route.in_body})
@@ -426,19 +446,20 @@ class Rest:
                 return self._faults[head.type].decode(reply.body)
         except InvalidMessage as error:
             return InvalidMessage(f"the fault of {self._name} does not fit its contract: {error}", path=error.path)
+        fault = head.type or URN + reply.status
+        if fault.startswith(URN + FAULT) and fault not in self._faults:
+            return undeclared(self._name, fault.removeprefix(URN))
         if head.code in BY_CODE:
             return from_problem(reply.body, head.code)
         said = f"{self._name}: answered {status} {_PHRASES.get(status, '')}".rstrip()
-        undeclared = head.type.startswith(FAULT)
-        code = "remote" if undeclared else reply.status
-        failure = (BY_CODE.get(code) or BY_CODE[FOREIGN.get(status, "remote")])(
+        failure = (BY_CODE.get(reply.status) or BY_CODE[FOREIGN.get(status, "remote")])(
             ": ".join(filter(None, (said, head.title, head.detail))),
             safety=Safety.UNKNOWN if status == 503 else None,  # a foreign server may say so in the middle of its work
             correlation_id=reply.correlation_id,
             retry_after=_retry_after(reply.headers),
         )
         if isinstance(failure, RemoteError):
-            failure.answered = undeclared or (status < 500 and status != HTTPStatus.REQUEST_TIMEOUT)
+            failure.answered = status < 500 and status != HTTPStatus.REQUEST_TIMEOUT
         return failure
 
     def links(self, reply: Message) -> Mapping[str, str]:
@@ -456,11 +477,22 @@ class Rest:
             if name in self._linked
         }
 
+    def follow(self, message: Message, href: str, said: Collection[str]) -> None:
+        path, _, query = href.partition("?")
+        keys = tuple(one.key for name, one in self.route.in_query.items() if name in said)
+        mine = message.headers[":path"].partition("?")[2]
+        pairs = [pair for pair in query.split("&") if pair and not pair.startswith(keys)]
+        pairs += [pair for pair in mine.split("&") if pair.startswith(keys)]
+        message.headers[":path"] = f"{path}?{'&'.join(pairs)}" if pairs else path
+
     # on the service's side
 
     def arguments(self, message: Message) -> Struct:
         """Also raises NotAcceptable: better before the work than after it."""
         headers = message.headers
+        if self.route.level == 1 and message.operation not in ("", self._name):
+            # an operation of a later version, whose path at this level is the same
+            raise UnknownOperation(f"{message.operation:.200} is not served here, only {self._name}")
         if self._writes:
             self._accepted(headers)
         values: dict[str, Any] = {}
@@ -474,8 +506,8 @@ class Rest:
             raise InvalidMessage(f"{self._missing}: missing, the request has no body", path=self._missing)
         if self._bodies and message.body:
             found = self._codec(self._bodies, message.media_type).decode(message.body)
-            if self._single:
-                values[self._single] = found
+            if self.route.whole_body:
+                values[self.route.whole_body] = found
             elif self._body_type is self._record:
                 record: Struct = found
                 return record
@@ -590,30 +622,41 @@ class Rest:
 
 
 class _FaultCodec:
-    """A fault as problem details: its fields are extension members (RFC 9457, section 3.2)."""
+    """A fault as problem details: its fields are extension members (RFC 9457, section 3.2).
+
+    A field whose name the RFC has taken stands in the member `fields`; each field decides that for itself, so that
+    another one beside it moves none.
+    """
 
     def __init__(self, operation: Operation[Any, Any, Any], fault: type[Fault]) -> None:
-        names = fault.record.__struct_fields__
-        self._fault, self._nested = fault, not PROBLEM_MEMBERS.isdisjoint(names)
-        members: list[tuple[str, Any, Any]] = [
-            ("type", str, URN + fault.code),
-            ("title", str, fault.__name__),
-            ("status", int, fault.status),
-        ]
-        fields = [("fields", fault.record)] if self._nested else [(name, Any) for name in names]
-        self._names = tuple(name for name, _ in fields)
-        self._written = msgspec.defstruct(fault.__name__, [*members, *fields], kw_only=True)
-        read = msgspec.defstruct(fault.__name__, fields) if self._nested else fault.record
-        codec = _codecs(operation, read, JSON)[JSON]
+        fields = {field.name: field for field in structs.fields(fault.record)}
+        self._fault = fault
+        self._nested = [name for name in fields if name in PROBLEM_MEMBERS or name == "fields"]
+        self._plain = [name for name in fields if name not in self._nested]
+        read = [_field(fields[name]) for name in self._plain]
+        if self._nested:
+            inner = [_field(fields[name]) for name in self._nested]
+            self._inner = msgspec.defstruct("fields", inner, kw_only=True, module=fault.__module__)
+            optional = not any(fields[name].required for name in self._nested)
+            read.append(
+                ("fields", self._inner, msgspec.field(default_factory=self._inner) if optional else msgspec.field())
+            )
+        members = [("type", str, msgspec.field()), ("title", str, msgspec.field()), ("status", int, msgspec.field())]
+        self._head = {"type": URN + fault.code, "title": fault.__name__, "status": fault.status}
+        self._written = msgspec.defstruct(fault.__name__, [*members, *read], kw_only=True)
+        codec = _codecs(operation, msgspec.defstruct(fault.__name__, read, kw_only=True), JSON)[JSON]
         self._encode, self._decode = codec.encode, codec.decode
 
     def encode(self, fault: Fault) -> bytes:
-        values = {"fields": fault.to_record()} if self._nested else {name: getattr(fault, name) for name in self._names}
-        return self._encode(self._written(**values))
+        values = {name: getattr(fault, name) for name in self._plain}
+        if self._nested:
+            values["fields"] = self._inner(**{name: getattr(fault, name) for name in self._nested})
+        return self._encode(self._written(**self._head, **values))
 
     def decode(self, body: bytes) -> Fault:
         found = self._decode(body)
-        return self._fault.from_record(found.fields if self._nested else found)
+        values = {name: getattr(found, name) for name in self._plain}
+        return self._fault(**values, **{name: getattr(found.fields, name) for name in self._nested})
 
 
 def _codecs(operation: Operation[Any, Any, Any], type_: Any, own: str) -> dict[str, Codec[Any]]:
@@ -628,18 +671,15 @@ def _codecs(operation: Operation[Any, Any, Any], type_: Any, own: str) -> dict[s
     return found
 
 
-def _body_type(route: Route) -> tuple[Any, str]:
-    """The type of the body, and the name of the one parameter that is the body, if so."""
+def _body_type(route: Route) -> Any:
     operation, fields = route.operation, route.in_body
-    if len(fields) == 1 and route.level > 0:
-        ((name, field),) = fields.items()
-        if _is_record(field.type):
-            return field.type, name
+    if route.whole_body:
+        return fields[route.whole_body].type
     if len(fields) == len(structs.fields(operation.record)):
-        return operation.record, ""
+        return operation.record
     name = operation.record.__name__
     rest = [_field(field) for field in fields.values()]
-    return msgspec.defstruct(name, rest, kw_only=True, module=operation.contract.__module__), ""
+    return msgspec.defstruct(name, rest, kw_only=True, module=operation.contract.__module__)
 
 
 def _field(field: structs.FieldInfo) -> tuple[str, Any, Any]:
