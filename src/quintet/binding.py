@@ -104,14 +104,17 @@ class Codecs:
         self.classes = {fault.code: fault for fault in operation.faults}
         self.media_type = format_named(format_name).media_type
         for name, format_ in installed().items():
+            media_type = format_.media_type
             try:
-                self.records[format_.media_type] = format_.codec(operation.record)
-                self.results[format_.media_type] = format_.codec(operation.result)
-                for fault in operation.faults:
-                    self.faults[fault.code][format_.media_type] = format_.codec(fault.record)
+                record, result = format_.codec(operation.record), format_.codec(operation.result)
+                faults = {fault.code: format_.codec(fault.record) for fault in operation.faults}
             except (TypeError, ContractError) as error:
                 if name == format_name:
                     raise ContractError(f"{operation!r}: {error}") from None
+                continue  # a format that could read a request and not write its reply is refused before the work
+            self.records[media_type], self.results[media_type] = record, result
+            for code, codec in faults.items():
+                self.faults[code][media_type] = codec
         self.record = self.records[self.media_type]
         self.has_result = operation.result is not type(None)
 
