@@ -3,7 +3,7 @@
 from quintet.call import Answer, Call, Pending, PendingCall, Reply
 from quintet.client import connect, set_policy
 from quintet.collapsing import collapse
-from quintet.context import Current, current, deadline
+from quintet.context import Current, current, deadline, detached
 from quintet.contract import (
     Contract,
     Fault,
@@ -137,6 +137,7 @@ __all__ = [
     "connect",
     "current",
     "deadline",
+    "detached",
     "event",
     "notification",
     "on",

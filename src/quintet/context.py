@@ -25,6 +25,7 @@ class Current(Struct):
     deadline: float | None
     _replies: dict[object, Message] | None = None  # to calls made while it is worked on, where a policy has them kept
     _store: UnitOfWork | None = None
+    _detached: bool = False
 
     def __repr__(self) -> str:
         return f"<current {self._message!r}>"
@@ -69,7 +70,7 @@ class Current(Struct):
         if self._store is None:
             raise QuintetError(
                 f"{self.operation}: current().store is there in the handlers of Service(..., idempotent='sqlite:///...')"
-                " except those with every_instance="
+                " except those with every_instance=, and not under detached()"
             )
         return self._store
 
@@ -87,9 +88,9 @@ def current() -> Current:
 
 
 def replies() -> dict[object, Message] | None:
-    """What filters remember for as long as the running handler works on its message. None outside of a handler."""
+    """What filters remember while the running handler works on its message. None outside of one, and when detached."""
     found = CURRENT.get()
-    if found._message is NO_MESSAGE:
+    if found._message is NO_MESSAGE or found._detached:
         return None
     if found._replies is None:
         found._replies = {}
@@ -102,6 +103,21 @@ def deadline(seconds: float, *, clock: Clock = SYSTEM) -> Generator[None]:
     outer, mine = CURRENT.get(), clock.now() + seconds
     inherited = outer.deadline
     inner = structs.replace(outer, _clock=clock, deadline=mine if inherited is None else min(mine, inherited))
+    token = CURRENT.set(inner)
+    try:
+        yield
+    finally:
+        CURRENT.reset(token)
+
+
+@contextmanager
+def detached() -> Generator[None]:
+    """Frees everything below it from the deadline above it: for tasks that outlive the handler that starts them.
+
+    `current()` still tells the message, and calls are part of its trace. Its `store` and the replies that `cache=True`
+    keeps end with the handler, so neither is there.
+    """
+    inner = structs.replace(CURRENT.get(), deadline=None, _replies=None, _store=None, _detached=True)
     token = CURRENT.set(inner)
     try:
         yield
