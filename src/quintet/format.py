@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from quintet.errors import ConfigurationError, ContractError, InvalidMessage, UnsupportedMediaType
+from quintet.hash_flooding import HARMLESS, Decoders, search_of
 
 T = TypeVar("T")
 
@@ -88,11 +89,18 @@ _PLACE = re.compile(r" - at `(?:key` in `)?\$(?P<path>[^`]*)`$")
 _MISSING = re.compile(r"missing required field `(?P<field>[^`]+)`")
 
 
-def strict(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """A msgspec decoder whose complaints are InvalidMessage, naming the path of the field, as "pickup.lat"."""
+def strict(type_: Any, decoders: Decoders) -> Callable[[bytes], Any]:
+    """A decoder of the type whose complaints are InvalidMessage, naming the path of the field, as "pickup.lat".
+
+    `decoders`: msgspec's own decoder of a type, in the format. Raises ContractError where none can be made.
+    """
+    decode = decoders(decodable(type_))
+    search = search_of(type_, decoders)
 
     def decode_or_name_the_field(body: bytes) -> Any:
         try:
+            if search is not None and len(body) > HARMLESS:
+                search(body)
             return decode(body)
         except RecursionError:
             raise InvalidMessage("the body is nested too deep") from None

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from quintet.format import Codec, decodable, strict
+from quintet.format import Codec, strict
 
 
 class Json:
     media_type: ClassVar[str] = "application/json"
 
     def codec(self, type_: Any) -> Codec[Any]:
-        return Codec(msgspec.json.Encoder().encode, strict(msgspec.json.Decoder(decodable(type_)).decode))
+        return Codec(msgspec.json.Encoder().encode, strict(type_, lambda kind: msgspec.json.Decoder(kind).decode))
 
 
 FORMAT = Json()

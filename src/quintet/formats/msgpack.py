@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from quintet.format import Codec, decodable, strict
+from quintet.format import Codec, strict
 
 
 class MsgPack:
     media_type: ClassVar[str] = "application/msgpack"
 
     def codec(self, type_: Any) -> Codec[Any]:
-        return Codec(msgspec.msgpack.Encoder().encode, strict(msgspec.msgpack.Decoder(decodable(type_)).decode))
+        return Codec(msgspec.msgpack.Encoder().encode, strict(type_, lambda kind: msgspec.msgpack.Decoder(kind).decode))
 
 
 FORMAT = MsgPack()
