@@ -407,12 +407,7 @@ class Contract:
             raise ContractError(f"{where}: version={version!r} must read 'major.minor', as '1.0'")
         if http_level not in (0, 1, 2, 3):
             raise ContractError(f"{where}: http_level={http_level!r} must be 0, 1, 2 or 3")
-        operations = {
-            attribute: value
-            for parent in reversed(cls.__mro__)
-            for attribute, value in vars(parent).items()
-            if isinstance(value, Operation)
-        }
+        operations = _operations(cls, where)
         for attribute, operation in operations.items():
             if operation.contract is not cls:  # an extended contract speaks for itself, on channels of its own
                 operations[attribute] = operation._owned_by(cls)
@@ -425,6 +420,28 @@ class Contract:
     def __repr__(self) -> str:
         state = "connected" if self.__dict__ else "not connected"
         return f"<{type(self).__name__} client, {state}>"
+
+
+def _operations(contract: type[Contract], where: str) -> dict[str, Operation[Any, Any, Any]]:
+    """The operations of a class and its parents. Raises ContractError for what only looks like one."""
+    held: dict[str, Any] = {}
+    inherited: dict[str, Operation[Any, Any, Any]] = {}
+    for parent in reversed(contract.__mro__):
+        held |= vars(parent)
+        inherited |= {name: value for name, value in vars(parent).items() if isinstance(value, Operation)}
+    for name, value in held.items():
+        if isinstance(value, Operation):
+            continue
+        if name in inherited:
+            raise ContractError(
+                f"{where}: {name} replaces the operation {inherited[name]!r}, which a contract cannot take back;"
+                " decorate it, or do not extend that contract"
+            )
+        if not name.startswith("_") and inspect.isfunction(getattr(value, "__func__", value)):
+            raise ContractError(
+                f"{where}: {name} has no decorator; write @request or another style above it, or call it _{name}"
+            )
+    return {name: held[name] for name in inherited}
 
 
 def check(contract: type[Contract]) -> ContractInfo:

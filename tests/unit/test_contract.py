@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Annotated, Any, cast
@@ -524,3 +525,106 @@ def test_a_contract_that_extends_another_speaks_on_channels_of_its_own() -> None
     assert More.get.record is not Trips.get.record
     assert Trips.get.channel.name == "trips.v2.get"
     assert "extra" in check(More).operations
+
+
+class _Getting(Contract, name="getting"):
+    @request
+    async def get(self, trip_id: str) -> str: ...
+
+
+def _without_a_decorator() -> Any:
+    class Bare(Contract):
+        async def get(self, trip_id: str) -> str: ...
+
+
+def _without_async_either() -> Any:
+    class Bare(Contract):
+        def get(self, trip_id: str) -> str: ...
+
+
+def _static_without_a_decorator() -> Any:
+    class Bare(Contract):
+        @staticmethod
+        async def get(trip_id: str) -> str: ...
+
+
+def _with_streams() -> Any:
+    class Bare(Contract):
+        async def watch(self) -> Any:
+            yield 1
+
+
+def _covered_by_a_method() -> Any:
+    class Bare(_Getting):
+        async def get(self, trip_id: str) -> str: ...  # type: ignore[override]
+
+
+def _covered_by_none() -> Any:
+    class Bare(_Getting):
+        get = None  # type: ignore[assignment]
+
+
+def _covered_by_a_mixin() -> Any:
+    class Plain:
+        async def get(self, trip_id: str) -> str: ...
+
+    class Bare(Plain, _Getting):  # type: ignore[misc]
+        pass
+
+
+def _wrapped() -> Any:
+    def logged(operation: Any) -> Any:
+        @functools.wraps(operation.function)
+        async def call(*args: Any) -> Any: ...
+
+        return call
+
+    class Bare(Contract):
+        @logged
+        @request
+        async def get(self, trip_id: str) -> str: ...
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (
+            _without_a_decorator,
+            "contract Bare: get has no decorator; write @request or another style above it, or call it _get",
+        ),
+        (_without_async_either, "contract Bare: get has no decorator"),
+        (_static_without_a_decorator, "contract Bare: get has no decorator"),
+        (_with_streams, "contract Bare: watch has no decorator"),
+        (_covered_by_a_method, "contract Bare: get replaces the operation _Getting.get"),
+        (
+            _covered_by_none,
+            "contract Bare: get replaces the operation _Getting.get, which a contract cannot take back;",
+        ),
+        (_covered_by_a_mixin, "contract Bare: get replaces the operation _Getting.get"),
+        (_wrapped, "contract Bare: get has no decorator"),
+    ],
+)
+def test_what_looks_like_an_operation_and_is_none_is_refused_when_the_class_is_made(
+    make: Callable[[], Any], complaint: str
+) -> None:
+    with pytest.raises(ContractError) as caught:
+        make()
+    assert str(caught.value).startswith(complaint)
+
+
+def test_a_contract_may_hold_private_functions_types_and_constants() -> None:
+    class Rich(_Getting, name="rich"):
+        limit = 5
+
+        class Place(Struct):
+            lat: float
+
+        @staticmethod
+        def _round(value: float) -> float:
+            return round(value, 2)
+
+        @request
+        async def get(self, trip_id: str) -> str: ...
+
+    assert list(check(Rich).operations) == ["get"]
+    assert Rich._round(1.234) == 1.23
