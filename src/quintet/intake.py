@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from quintet.clock import Clock, Handle
-from quintet.letters import again, bury
+from quintet.dead_letters import again, bury
 from quintet.message import Message
 from quintet.transport import DONE, Again, Dead, Done, Receive
 from quintet.wire.names import FAILED_AT

@@ -24,8 +24,8 @@ from running import Broker, Entry
 
 from quintet import Contract, Policy, Redelivery, Service, connect, current, event, notification, request, serve
 from quintet.connection import Refused
+from quintet.dead_letters import bury
 from quintet.errors import ChannelFull, ConnectionLost, InvalidMessage, TransportError, Unavailable
-from quintet.letters import bury
 from quintet.message import Channel, Message, new_id
 from quintet.replies import Replies
 from quintet.testing import CHECKS, Bench, Check, skips

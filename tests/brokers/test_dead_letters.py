@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -160,3 +161,38 @@ async def test_all_dead_letters_of_a_channel_are_replayed_and_dropped(name: str,
     await again.close()
     dropped = await asyncio.to_thread(quintet, "dead", "drop", "--yes", *words)
     assert (dropped.stdout, dropped.stderr, dropped.returncode) == (f"{MANY} dropped\n", "", 0)
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+async def test_what_dies_again_while_it_is_replayed_is_a_dead_letter_again(
+    name: str, broker: Callable[[str], Any]
+) -> None:
+    address, channel = address_of(name, broker(broker_of(name))), Channel(f"again{new_id()}.v1.placed", durable=True)
+    sent = {new_id() for _ in range(200)}
+    handled: Counter[str] = Counter()
+    more = asyncio.Event()
+
+    async def refuse(message: Message) -> Verdict:
+        handled[message.id] += 1
+        more.set()
+        return Dead("no good")
+
+    transport = open_address(address)
+    await transport.open()
+    serving = await transport.serve(channel, refuse, "")
+    await transport.ready()
+    await asyncio.gather(*(transport.send(Message(channel=channel, id=identity)) for identity in sent))
+    first = {letter["dead_letter"] for letter in await letters(address, channel.name, len(sent))}
+    words = ("--all", "--channel", channel.name, "--at", address)
+    replayed = await asyncio.to_thread(quintet, "dead", "replay", *words)
+    assert replayed.stdout == f"{len(sent)} replayed\n", replayed.stderr
+    async with asyncio.timeout(WITHIN):
+        while min(handled.values()) < 2:
+            more.clear()
+            await more.wait()
+    second = await letters(address, channel.name, len(sent))
+    assert {letter["id"] for letter in second} == sent
+    assert first.isdisjoint(letter["dead_letter"] for letter in second), "the second death is another letter"
+    await serving.stop()
+    await transport.close()
+    await asyncio.to_thread(quintet, "dead", "drop", "--yes", *words)

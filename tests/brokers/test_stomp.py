@@ -15,8 +15,8 @@ from running import Entry
 
 from quintet import Contract, Redelivery, Service, connect, current, event, notification, request, serve
 from quintet.connection import Refused
+from quintet.dead_letters import bury
 from quintet.errors import InvalidMessage
-from quintet.letters import bury
 from quintet.message import Channel, Message, new_id
 from quintet.testing import CHECKS, Bench, Check, skips
 from quintet.testing.bench import Receiver

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 from msgspec import Struct
 
+from quintet.dead_letters import failures, letter, revive
 from quintet.intake import CRASHES, Intake
-from quintet.letters import failures, letter, revive
 from quintet.message import Channel, Message
 from quintet.testing import FakeClock
 from quintet.testing.bench import Receiver
@@ -131,7 +131,12 @@ async def test_a_dead_letter_tells_all_its_attempts_also_those_that_were_counted
     assert dead.id == "m-1@billing"
     assert [round(time - start) for time in dead.times] == [0, 1, 2]
     again, group = revive(broker.buried[0])
-    assert (again.attempt, again.channel.name, group, again.headers) == (1, CHANNEL.name, "billing", {})
+    assert (again.attempt, again.channel.name, group, again.headers) == (
+        1,
+        CHANNEL.name,
+        "billing",
+        {"quintet-replayed": "1"},
+    )
 
 
 async def test_what_has_expired_is_acknowledged_and_not_handled() -> None:

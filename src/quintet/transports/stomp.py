@@ -18,6 +18,7 @@ from msgspec import Struct, structs
 
 from quintet.clock import SYSTEM, Clock, Handle
 from quintet.connection import TLS_OPTIONS, Connection, Lost, tls_if
+from quintet.dead_letters import DEAD_LETTERS, letter, revive
 from quintet.errors import (
     AddressError,
     CallError,
@@ -30,7 +31,6 @@ from quintet.errors import (
     Unavailable,
 )
 from quintet.intake import Intake
-from quintet.letters import DEAD_LETTERS, letter, revive
 from quintet.message import Channel, Message, native_of, new_id
 from quintet.transport import DONE, Address, DeadLetter, Finding, Receive, Trait, Transport, Verdict
 from quintet.wire.names import DEAD, FIELDS

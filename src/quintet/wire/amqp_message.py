@@ -402,7 +402,7 @@ def read_death(content: Content) -> dict[str, Any]:
 
 
 def read_dead(content: Content, clock: Clock) -> Message:
-    """A dead letter as `letters.bury` has written it; of one that the broker put there its x-death header tells."""
+    """A dead letter as `bury` has written it; of one that the broker put there its x-death header tells."""
     message = read(content, _LETTERS, clock)
     message.attempt = max(1, message.attempt - content.crashes)  # the looks at it are no attempts
     if DEAD_CHANNEL in message.headers:
@@ -420,6 +420,6 @@ def read_dead(content: Content, clock: Clock) -> Message:
         DEAD_GROUP: group,
         DEAD_REASON: why,
         DEAD_AT: f"{when.timestamp():.3f}" if isinstance(when, datetime.datetime) else "",
-        DEAD_ID: f"{message.id}@{group or name}",
+        DEAD_ID: "",
     }
     return message

@@ -28,6 +28,8 @@ DEADLINE: Final = "quintet-deadline"  # seconds of the wall clock (since 1970, U
 
 DEAD: Final = "quintet.dead"
 """The channel of dead letters: one for each broker."""
+REPLAYED: Final = "quintet-replayed"
+"""How often a message was replayed: left out where it never was. It tells one death of a message from the next."""
 FAILED_AT: Final = "quintet-failed-at"  # seconds of the wall clock at which each attempt failed, with commas between
 DEAD_CHANNEL: Final = "quintet-dead-channel"
 DEAD_FANOUT: Final = "quintet-dead-fanout"  # "yes" where that channel is one

@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
+from quintet.dead_letters import letter, revive
 from quintet.errors import TransportError
-from quintet.letters import letter, revive
 from quintet.transport import DeadLetter
 from quintet.transports.amqp.failures import AGAIN_FIRST, WITHIN, sentence
 from quintet.wire.amqp import Content

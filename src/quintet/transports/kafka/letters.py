@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from quintet.letters import DEAD_LETTERS, letter, revive
+from quintet.dead_letters import DEAD_LETTERS, letter, revive
 from quintet.message import Channel, Message
 from quintet.transport import DeadLetter
 from quintet.transports.kafka.settings import STORE

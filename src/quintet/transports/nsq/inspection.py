@@ -9,8 +9,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Self
 
+from quintet.dead_letters import DEAD_LETTERS, letter, revive
 from quintet.errors import CallError, TransportError, Unavailable
-from quintet.letters import DEAD_LETTERS, letter, revive
 from quintet.message import Channel, Message, new_id
 from quintet.transport import ChannelState, DeadLetter, Finding
 from quintet.transports.nsq.discovery import Host, Line, Nsqds
