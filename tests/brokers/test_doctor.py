@@ -17,7 +17,7 @@ from subjects import BROKERS
 
 SCHEMES = ("amqp", "stomp", "kafka", "nsq")
 NO_ANSWER, REFUSED = 4, 5
-ENDS_WITHIN = 15.0
+ENDS_WITHIN = 45.0
 
 
 def refused(address: str, *codes: int) -> str:

@@ -28,7 +28,7 @@ PUBLISHED_AT = {
     "kafka": "{channel}",
     "nsq": "{channel}/foreign",
 }
-WITHIN = 20.0
+WITHIN = 45.0  # seconds: more than a busy machine takes, less than a test may
 
 
 @pytest.fixture(scope="session")

@@ -84,7 +84,7 @@ def channels(http: str, topic: str) -> dict[str, Any]:
     return {channel["channel_name"]: channel for channel in found}
 
 
-async def until(holds: Callable[[], Any], what: str, within: float = 10.0) -> Any:
+async def until(holds: Callable[[], Any], what: str, within: float = 45.0) -> Any:
     """What `holds` gives, once that is something."""
     give_up = time.monotonic() + within
     while not (found := await asyncio.to_thread(holds)):
@@ -191,7 +191,7 @@ def sends_by(transport: Carrier) -> NSQ | None:
         return None
 
 
-async def came(receiver: Receiver, count: int, within: float = 10.0) -> list[bytes]:
+async def came(receiver: Receiver, count: int, within: float = 45.0) -> list[bytes]:
     give_up = time.monotonic() + within
     while len(receiver.messages) < count:
         assert time.monotonic() < give_up, f"{count} were due: {receiver!r}"

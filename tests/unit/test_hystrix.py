@@ -354,7 +354,7 @@ def test_the_stream_comes_every_half_second_and_ends_with_the_service() -> None:
         await clock.settle()
         dashboard.observer.stop()
         with pytest.raises(StopAsyncIteration):
-            await asyncio.wait_for(last, 5)
+            await asyncio.wait_for(last, 45)
         assert clock.timers == []
 
     run(main)

@@ -69,7 +69,7 @@ async def test_a_change_of_the_file_is_taken_in_and_forgets_nothing(tmp_path: Pa
             circuit.settle(circuit.admit(), 2)
         watching = asyncio.create_task(file.watch(clock))
         written(tmp_path, "[service.shop.policy.orders]\nbreaker = { min_calls = 30 }\n")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(45):
             while in_force(client).breaker != Breaker(min_calls=30):
                 await clock.advance(LOOK_SECONDS)
                 await asyncio.sleep(0.001)
@@ -192,7 +192,7 @@ async def test_the_services_of_a_deployment_take_in_what_set_has_written(
     (tmp_path / "shop.py").write_text(SHOP)
     path = written(tmp_path, 'connect.orders = "memory://"\n')
     lines = asyncio.Queue[str]()
-    async with running(path, output=lambda _, line: lines.put_nowait(line)), asyncio.timeout(20):
+    async with running(path, output=lambda _, line: lines.put_nowait(line)), asyncio.timeout(45):
         set_("shop.orders", ["timeout=0.5"], str(path))
         while "are in force" not in await lines.get():
             pass

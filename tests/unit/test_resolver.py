@@ -58,7 +58,7 @@ async def answering(client: Orders, count: int = 16) -> set[str]:
 
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(45):
         while not await holds():
             await asyncio.sleep(0.001)
 

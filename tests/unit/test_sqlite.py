@@ -43,12 +43,12 @@ async def opened(folder: Path, options: str = "", clock: Clock = SYSTEM) -> Asyn
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """A test that never comes to its end fails."""
-    asyncio.run(asyncio.wait_for(main(), 40))
+    asyncio.run(asyncio.wait_for(main(), 55))
 
 
 async def until(holds: Callable[[], bool], clock: Clock = SYSTEM) -> None:
     """Lets real time pass, and where the clock is a fake one its time too, until it holds."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 45
     while not holds():
         assert time.monotonic() < end, "it never came to hold"
         if isinstance(clock, FakeClock):
@@ -136,7 +136,7 @@ class Process:
 
     async def says(self) -> dict[str, Any]:
         try:
-            return await asyncio.wait_for(asyncio.to_thread(self._line), 10)
+            return await asyncio.wait_for(asyncio.to_thread(self._line), 45)
         except BaseException:
             self.process.kill()  # the thread that reads ends with it
             raise
@@ -151,7 +151,7 @@ class Process:
         return [json.loads(line) for line in out.splitlines() if line.endswith("}")]
 
     async def ended(self) -> int:
-        return await asyncio.wait_for(asyncio.to_thread(self.process.wait), 10)
+        return await asyncio.wait_for(asyncio.to_thread(self.process.wait), 45)
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_get_waits_for_the_answer_and_all_that_wait_have_it(address: str) -> Non
         await store.open()
         await store.accept("1")
         waiting = [asyncio.create_task(store.get("1", wait=60.0)) for _ in range(3)]
-        await asyncio.wait_for(until_waiting(store, 3), 5)
+        await asyncio.wait_for(until_waiting(store, 3), 45)
         await store.answer("1", REPLY)
         assert await asyncio.wait_for(asyncio.gather(*waiting), 5) == [Kept("1", "answered", REPLY)] * 3
         assert clock.timers == [], "a timer was left behind"
@@ -117,10 +117,10 @@ def test_a_closed_store_leaves_nobody_waiting(tmp_path: Path) -> None:
         await store.open()
         await store.accept("1")
         waiting = asyncio.create_task(store.get("1", wait=60.0))
-        await asyncio.wait_for(until_waiting(store), 5)
+        await asyncio.wait_for(until_waiting(store), 45)
         await store.close()
         with pytest.raises(CallError, match="not open"):
-            await asyncio.wait_for(waiting, 5)
+            await asyncio.wait_for(waiting, 45)
 
     asyncio.run(main())
 
@@ -178,10 +178,10 @@ def test_an_answer_of_another_process_wakes_who_waits_here(tmp_path: Path) -> No
             assert other.stdout
             await asyncio.to_thread(other.stdout.readline)
             waiting = asyncio.create_task(store.get("1", wait=60.0))
-            await asyncio.wait_for(until_waiting(store), 5)
+            await asyncio.wait_for(until_waiting(store), 45)
             other.stdin.write("go\n")
             other.stdin.flush()
-            kept = await asyncio.wait_for(waiting, 10)
+            kept = await asyncio.wait_for(waiting, 45)
             other.communicate("end\n", timeout=10)
         assert kept is not None
         assert kept.reply is not None
