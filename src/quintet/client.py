@@ -14,6 +14,7 @@ from typing import Any, Generic, Literal, TypeVar
 from msgspec import UNSET, structs
 
 from quintet.binding import PENDING, Bound, bind, fill_link
+from quintet.cache_key import cache_key
 from quintet.call import DEFAULTS, Call, Options, Pending, PendingCall, Reply
 from quintet.clock import SYSTEM, Clock
 from quintet.compiler import model_of
@@ -30,7 +31,7 @@ from quintet.errors import (
     TransportError,
     Unavailable,
 )
-from quintet.fallback import Fallbacks, what_was_asked
+from quintet.fallback import Fallbacks
 from quintet.filter import Guarded, State, client_chain
 from quintet.message import Handler, Message, new_id
 from quintet.meter import CLIENTS, meters
@@ -209,6 +210,7 @@ class Sender:
         self._sender = sender
         self.clock = guarded.clock
         self._guarded = guarded
+        self.keyed = False  # whether its replies are kept, and a message needs the key that they are found by
         self.reach(exchanges)
 
     @property
@@ -254,6 +256,8 @@ class Sender:
                 message.until = math.inf if options.timeout is None else now + options.timeout
             if options.expires is not None:
                 message.deadline = now + options.expires
+        if self.keyed:
+            message.cache_key = cache_key(record, options.headers)
         return message
 
 
@@ -300,6 +304,7 @@ class Line:
             sender.guard(on.policy)
         guarded = structs.replace(self._guarded, policy=on.policy)
         self._fallbacks = Fallbacks(guarded, on.fallback, self._read) if on.fallback else None
+        self.sender.keyed = bool(on.policy.cache or (self._fallbacks and self._fallbacks.keeps))
 
     async def value(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Any:
         message = self.sender.prepare(args, kwargs, options)
@@ -325,7 +330,6 @@ class Line:
         self, fallbacks: Fallbacks, message: Message, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Reply[Any]:
         """The reply, or what stands in for it: above the codec, for a reply that cannot be read is a failure too."""
-        asked = what_was_asked(message)
         sent = False
         try:
             reply = _there(await self.sender.send(message), self.name)
@@ -334,11 +338,11 @@ class Line:
         except CallError as error:
             if isinstance(error, CALLERS_MISTAKES) and not sent:
                 raise  # a call that is wrong would be wrong for ever, and nobody would see it
-            answer = await fallbacks.answer(error, asked, args, kwargs)
+            answer = await fallbacks.answer(error, message.cache_key, args, kwargs)
             if answer is None:
                 raise
             return answer
-        fallbacks.keep(asked, reply)
+        fallbacks.keep(message.cache_key, reply)
         return read
 
     def _read(self, reply: Message, stale: bool = False) -> Reply[Any]:
@@ -357,6 +361,8 @@ class Line:
         message = target.sender.prepare((), filled | said)
         if href:
             target.sender.bound.follow(message, href, said)
+            if message.cache_key:
+                message.cache_key += href.encode("utf-8", "surrogatepass")  # the service says where, not the record
         return target._value_of(message, await target.sender.send(message))
 
     async def result(self, pending_id: str, wait: float | None) -> Any:

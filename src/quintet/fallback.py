@@ -19,10 +19,9 @@ CONCURRENT = 10  # runs of one fallback function at once, apart from the limit o
 KEPT = 1000  # last good replies of an operation, for as many different arguments; the one unused longest goes first
 
 _Function: TypeAlias = Callable[..., Awaitable[Any]]
-_TRACE = frozenset({"traceparent", "tracestate", "baggage"})
 
 
-class _Kept(OrderedDict[Any, tuple[float, Message]]):
+class _Kept(OrderedDict[bytes, tuple[float, Message]]):
     """Good replies and when they came, by what was asked; the one unused longest first."""
 
 
@@ -39,7 +38,7 @@ class Fallbacks:
         self._now = guarded.clock.now
         self._read = read
         self._kept = guarded.own.of(_Kept, _Kept)
-        self._keeps = any(isinstance(one, Stale) for one in chain)
+        self.keeps = any(isinstance(one, Stale) for one in chain)
         # a fallback gets what remains of the caller's time, but no more than the call had
         guard = Policy(timeout=guarded.policy.timeout, bulkhead=Bulkhead(CONCURRENT), breaker=False)
         guards = guard.guards(clock=guarded.clock)
@@ -48,21 +47,21 @@ class Fallbacks:
     def __repr__(self) -> str:
         return f"<fallbacks of {self._name}, {len(self._kept)} replies kept>"
 
-    def keep(self, asked: Any, reply: Message) -> None:
+    def keep(self, key: bytes, reply: Message) -> None:
         """Remembers a good reply where a stale one may be wanted."""
-        if self._keeps:
-            self._kept[asked] = (self._now(), reply)
-            self._kept.move_to_end(asked)
+        if self.keeps:
+            self._kept[key] = (self._now(), reply)
+            self._kept.move_to_end(key)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
 
     async def answer(
-        self, error: Exception, asked: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, error: Exception, key: bytes, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Reply[Any] | None:
         """The first answer that the chain has. What its functions raise is noted on the call's own error."""
         for one in self._chain:
             if isinstance(one, Stale):
-                when, reply = self._kept.get(asked, (0.0, None))
+                when, reply = self._kept.get(key, (0.0, None))
                 if reply is not None and self._now() - when <= one.max_age:
                     return self._told(error, self._read(reply, True))
             elif callable(one):
@@ -81,9 +80,3 @@ class Fallbacks:
         self._totals["success"] += 1
         self._watch.tell("fell-back", self._name, error)
         return reply
-
-
-def what_was_asked(message: Message) -> Any:
-    """What must be the same for a reply to stand in for another: the parameters and the user's headers."""
-    headers = sorted((name, value) for name, value in message.headers.items() if name not in _TRACE)
-    return message.body, *headers

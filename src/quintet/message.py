@@ -53,7 +53,8 @@ class Message(Struct, kw_only=True):
     the time-out of what nobody waits for bounds its acceptance only; `hurried` is when the caller gives up, where that
     is earlier than its policy would; `begun` is when this attempt was. `status` is
     empty on requests and good replies, else the code of the failure (`errors.py`). Pseudo headers (":method", ":path",
-    ":status", RFC 9113) travel in `headers` beside the user's own and the W3C trace context.
+    ":status", RFC 9113) travel in `headers` beside the user's own and the W3C trace context. `cache_key` is there where
+    the sender's policy keeps replies, and stays here.
     """
 
     channel: Channel
@@ -74,6 +75,7 @@ class Message(Struct, kw_only=True):
     attempt: int = 1
     headers: dict[str, str] = {}
     native: tuple[Native, ...] = ()
+    cache_key: bytes = b""
 
     def __repr__(self) -> str:
         failed = f", {self.status}" if self.status else ""

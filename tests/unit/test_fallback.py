@@ -45,6 +45,9 @@ class Passengers(Contract, name="passengers"):
     @request(faults=[NoSuchPassenger])
     async def name(self, passenger_id: str) -> list[str]: ...
 
+    @request
+    async def seats(self, rows: dict[int, str], numbers: set[int]) -> list[str]: ...
+
     @notification
     async def greet(self, passenger_id: str) -> None: ...
 
@@ -69,6 +72,12 @@ class Desk:
             if isinstance(found, Exception):
                 raise found
             return found  # type: ignore[return-value]
+
+        @service.handles(Passengers.seats)
+        async def seats(rows: dict[int, str], numbers: set[int]) -> list[str]:
+            if self.answer is failing:
+                raise RuntimeError("the database is gone")
+            return ["seat"]
 
         @service.handles(Passengers.greet)
         async def greet(passenger_id: str) -> None: ...
@@ -221,6 +230,19 @@ def test_a_stale_reply_is_one_to_the_same_arguments_and_headers() -> None:
             with pytest.raises(RemoteError):
                 await passengers.name.using(headers={"authorization": "eve"})("p-1")
             assert await passengers.name.using(headers={"authorization": "ada"})("p-1") == ["p-1", "Ada"]
+
+    run(main)
+
+
+def test_a_stale_reply_stands_in_whatever_order_the_dicts_and_sets_of_the_arguments_have() -> None:
+    async def main() -> None:
+        desk = Desk()
+        async with desk.client(on(Passengers.seats, breaker=False, fallback=[stale(max_age=60)])) as passengers:
+            await passengers.seats({1: "x", 2: "y"}, {0, 8})
+            desk.answer = failing
+            assert await passengers.seats({2: "y", 1: "x"}, set([8, 0])) == ["seat"]  # noqa: C405 - keeps its order
+            with pytest.raises(RemoteError):
+                await passengers.seats({1: "y", 2: "x"}, {0, 8})
 
     run(main)
 

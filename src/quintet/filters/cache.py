@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from quintet.context import replies
-from quintet.fallback import what_was_asked
 from quintet.filter import Guarded
 from quintet.message import Handler, Message
 
@@ -17,9 +16,9 @@ def client(guarded: Guarded, handler: Handler) -> Handler:
 
     async def cache(message: Message) -> Message | None:
         kept = replies()
-        if kept is None:
+        if kept is None or not message.cache_key:
             return await handler(message)
-        asked = of_this_client, what_was_asked(message)
+        asked = of_this_client, message.cache_key
         if asked in kept:
             return kept[asked]
         reply = await handler(message)
