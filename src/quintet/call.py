@@ -11,6 +11,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from quintet.errors import ConfigurationError
 from quintet.message import Native
+from quintet.wire.http import refusal
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,6 +50,9 @@ class Options(Struct, frozen=True, kw_only=True):
         for name, seconds in (("timeout", self.timeout), ("expires", self.expires)):
             if isinstance(seconds, float | int) and not 0 <= seconds < math.inf:
                 raise ConfigurationError(f"using({name}={seconds}): seconds from 0 on, or None for no limit")
+        for name, value in self.headers.items():
+            if why := refusal(name, value):
+                raise ConfigurationError(f"using(headers={{{name!r:.100}: ...}}): {why}")
 
     @classmethod
     def of(cls, using: UsingNow | Using) -> Options:

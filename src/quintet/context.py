@@ -12,6 +12,7 @@ from msgspec import Struct, structs
 from quintet.clock import SYSTEM, Clock
 from quintet.errors import QuintetError
 from quintet.message import Channel, Message
+from quintet.wire.http import HttpRequest, http_request, own_headers
 
 if TYPE_CHECKING:  # what most services never load
     from quintet.store import UnitOfWork
@@ -46,8 +47,16 @@ class Current(Struct):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The user's headers, and the transport's own."""
-        return self._message.headers
+        """The user's own headers, and the trace context: nothing that HTTP or a transport owns, and no credentials.
+
+        They may be handed on: `trips.get.using(headers=current().headers)`.
+        """
+        return own_headers(self._message.headers)
+
+    @property
+    def http(self) -> HttpRequest | None:
+        """The request, where HTTP itself delivered it: method, path, client, scheme, headers, if_match."""
+        return http_request(self._message)
 
     @property
     def key(self) -> str:

@@ -619,7 +619,7 @@ class Running:
             kept = inside.request(record)
             kept.id, kept.sender, kept.deadline = message.id, message.sender, message.deadline
             kept.key = message.key or (operation.key_of(record) if operation.key_of else "")
-            kept.headers = {name: value for name, value in message.headers.items() if not name.startswith(":")}
+            kept.headers = dict(Current(message, self.clock, None).headers)
             await inbox.send(kept)
             if self._pending and operation.style is Style.ASYNC_REQUEST:
                 await self._pending.store.accept(message.id)

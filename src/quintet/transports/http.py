@@ -58,6 +58,7 @@ from quintet.transport import (
 from quintet.wire.http import (
     MalformedHTTP,
     NotRouted,
+    Peer,
     Response,
     ResponseParser,
     ResponseParts,
@@ -541,15 +542,16 @@ class _Server:
             return self._unrouted(method, path, no) if page is None else await page(headers)
         if route.stopping and not self.draining:  # while all drains, what is half read still comes in
             return problem_parts(Unavailable(f"{path!r} is being stopped here; the request was not begun"))
+        connection = scope["state"]["connection"]
         headers[":method"] = method
         headers[":path"] = target
         if parameters:
             headers.update(parameters)
         try:
-            message = read_request(route.channel, headers, body, self.clock.now())
+            message = read_request(route.channel, headers, body, self.clock.now(), connection.peer)
         except InvalidMessage as error:
             return problem_parts(error, 400)
-        gate, requests, connection = route.gate, route.requests, scope["state"]["connection"]
+        gate, requests = route.gate, route.requests
         if len(requests) >= gate.limit + WAITING:
             return problem_parts(Overloaded(f"{WAITING} requests wait for {route.route}; this one was not begun"))
         task = asyncio.current_task(connection.loop)
@@ -707,6 +709,7 @@ class _Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(cast(asyncio.Transport, _Joined(transport)))
+        self.peer = (Peer(self.client[0] if self.client else "", self.scheme or "http"),)
         self._reading_since = self._now()
         self._owner.made()
 

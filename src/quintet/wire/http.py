@@ -17,6 +17,7 @@ RFC 9110, section 5.5); framing headers (FRAMING) are this module's and are neve
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Final, Generic, TypeAlias, TypeVar
 from urllib.parse import quote, unquote
@@ -33,7 +34,7 @@ from quintet.errors import (
     UnknownOperation,
     to_problem,
 )
-from quintet.message import Channel, Message, new_id
+from quintet.message import Channel, Message, Native, native_of, new_id
 
 Target = TypeVar("Target")
 
@@ -52,6 +53,21 @@ FIELDS: Final = {
 TIMEOUT: Final = "quintet-timeout"  # the remaining milliseconds until `deadline`
 ATTEMPT: Final = "quintet-attempt"
 
+OWNED: Final = frozenset(
+    {
+        ":*", "accept", "accept-charset", "accept-encoding", "access-control-*", "connection", "content-*", "date",
+        "expect", "forwarded", "host", "http2-settings", "idempotency-key", "if-*", "keep-alive", "max-forwards",
+        "origin", "prefer", "proxy-*", "quintet-*", "range", "referer", "sec-*", "te", "trailer", "transfer-encoding",
+        "upgrade", "upgrade-insecure-requests", "via", "x-forwarded-*", "x-http-method", "x-http-method-override",
+        "x-method-override",
+    }
+)  # fmt: skip
+"""The headers of a request that HTTP owns, whoever sends them: neither read nor written as the user's. "*": all that
+begin so."""
+
+CREDENTIALS: Final = frozenset({"authorization", "cookie"})
+"""Written as the user's and not read as such: what a caller proves itself by must not go along to another service."""
+
 SPARSE: Final = 8  # bytes that may come for each byte of a body: chunks of one byte take six
 
 FRAMING: Final = frozenset(
@@ -67,6 +83,8 @@ _REPLIED = [field for field in FIELDS if field not in {"id", "operation", "key"}
 _REPLY_NAMES = tuple(FIELDS[field].encode() for field in _REPLIED)
 _reply_fields = attrgetter(*_REPLIED)
 
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 FOREIGN: Final = {
@@ -90,6 +108,94 @@ Lines: TypeAlias = list[tuple[bytes, bytes]]
 
 class MalformedHTTP(Exception):
     """Bytes that are no HTTP/1.1 response; the text says why."""
+
+
+# --- whose a header is
+
+_OWNED = frozenset(name for name in OWNED if name[-1] != "*")
+_FAMILIES = tuple(name[:-1] for name in OWNED if name[-1] == "*")
+_LONGEST_NAME = 255  # bytes, of AMQP
+_HANDED_ON = 16 * 1024  # bytes of names and values, half of the head that our servers take
+_COPIES = frozenset({"CC", "BCC"})  # RabbitMQ sends copies to what they name
+
+
+def refusal(name: str, value: str) -> str:
+    """Why a user may not write a header, as the end of a sentence; "" where every transport carries it."""
+    lower = name.lower()
+    if lower in _OWNED or lower.startswith(_FAMILIES):
+        return "HTTP owns this name, leave it out"
+    if not _TOKEN.fullmatch(name) or len(name) > _LONGEST_NAME or name in _COPIES:
+        return "not every transport carries this name, write letters, digits and hyphens"
+    if not value.isprintable() and (_CONTROL.search(value) or _SURROGATE.search(value)):
+        return "not every transport carries this value, it holds a control character"
+    return ""
+
+
+def own_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers that are the user's own, fit to be handed on to any other service over any transport.
+
+    What is too much for the head of a request is left out.
+    """
+    own: dict[str, str] = {}
+    left = _HANDED_ON
+    for name, value in headers.items():
+        if name.lower() in CREDENTIALS or refusal(name, value):
+            continue
+        size = len(name) + len(value.encode())
+        if size <= left:
+            own[name] = value
+            left -= size
+    return own
+
+
+class Peer(Native, frozen=True):
+    """The other end of a connection: `Message.native` of a request that HTTP itself delivered."""
+
+    client: str
+    scheme: str
+
+
+class HttpRequest(Struct, frozen=True):
+    """A request as it came: `current().http`.
+
+    `path` is percent-encoded, with its query; `client` the address of the connection's other end, `scheme` "http" or
+    "https"; `headers` all there are, names in lower case. `if_match`: the entity tags of If-Match, or "*"; what is none
+    stands as it came, and is equal to no tag.
+    """
+
+    method: str
+    path: str
+    client: str
+    scheme: str
+    headers: Mapping[str, str]
+    if_match: tuple[str, ...]
+
+
+_NO_PEER = Peer("", "")
+_TAG = re.compile(r'\s*((?:W/)?"[\x21\x23-\x7e\x80-\U0010ffff]*"|\*)\s*(?:,|$)')  # RFC 9110, section 8.8.3
+
+
+def http_request(message: Message) -> HttpRequest | None:
+    """The request that a message came as; None where it did not come over HTTP."""
+    peer = native_of(message.native, Peer, _NO_PEER) if message.native else _NO_PEER
+    if peer is _NO_PEER:
+        return None
+    headers = {name: value for name, value in message.headers.items() if name[:1] != ":"}
+    method, path = message.headers[":method"], message.headers[":path"]
+    return HttpRequest(method, path, peer.client, peer.scheme, headers, entity_tags(headers.get("if-match", "")))
+
+
+def entity_tags(text: str) -> tuple[str, ...]:
+    """The entity tags of If-Match in their quotes, or "*" (RFC 9110, section 13.1.1)."""
+    tags: list[str] = []
+    at = 0
+    while at < len(text):
+        found = _TAG.match(text, at)
+        if found is None:
+            return (text,)
+        tags.append(found[1])
+        at = found.end()
+    return tuple(tags)
 
 
 # --- routes
@@ -326,7 +432,9 @@ def read_headers(lines: Lines) -> dict[str, str]:
     return headers
 
 
-def read_request(channel: Channel, headers: dict[str, str], body: bytes, now: float) -> Message:
+def read_request(
+    channel: Channel, headers: dict[str, str], body: bytes, now: float, native: tuple[Native, ...] = ()
+) -> Message:
     """The Message of a request whose `headers` hold the pseudo headers already. Raises InvalidMessage (a 400)."""
     get = headers.get
     media_type = get("content-type", "")
@@ -346,6 +454,7 @@ def read_request(channel: Channel, headers: dict[str, str], body: bytes, now: fl
         deadline=now + _number(headers, TIMEOUT) / 1000 if TIMEOUT in headers else None,
         attempt=max(1, _number(headers, ATTEMPT)) if ATTEMPT in headers else 1,
         headers=headers,
+        native=native,
     )
 
 
@@ -417,7 +526,6 @@ def problem_parts(error: CallError, status: int = 0, *more: tuple[bytes, bytes])
 
 
 _NO_BODY = frozenset({204, 304})
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 def _value(text: str) -> bytes:
