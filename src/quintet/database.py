@@ -39,6 +39,7 @@ BUSY_SECONDS = 5.0
 CHECKPOINT_PAGES = 2_000  # of 4 KiB: how far the write-ahead log grows before it is carried into the file
 LOCK_POLL_SECONDS = 0.0001  # while another process may be in a transaction of ours, which lasts about 1 ms
 LOCKED_LONG = 100  # polls after which it is no such transaction
+LOOK_EVERY = 0.05  # seconds between two looks whether the file is where it was, where nothing has to last
 LONGEST_SOCKET_PATH = 100  # bytes; the kernel's bound is 104 to 108
 
 _SCHEMA = """
@@ -149,6 +150,10 @@ class Database:
         self._gate = threading.Lock()
         self._synchronous = ""  # what the connection is set to
         self._waits_until = 0.0
+        self._inode: tuple[int, int] | None = None  # None: in memory
+        self._look_at = 0.0
+        self.removed = False
+        """Its file is no longer where it was: what is written goes to nobody, so everything is refused."""
 
     def __repr__(self) -> str:
         return f"<database {self.path}{' closed' if self._closed else ''}>"
@@ -268,6 +273,7 @@ class Database:
                 connection.set_busy_handler(self._wait_for_lock)
                 for pragma in _PRAGMAS:
                     connection.execute(f"PRAGMA {pragma}").fetchall()
+                self._inode = _inode(self.path)
                 return self._commit(self._prepare)[1]
             except BaseException as error:
                 connection.close(True)
@@ -292,10 +298,14 @@ class Database:
 
     def _settle(self, jobs: list[Job]) -> tuple[list[Outcome], list[Wake]]:
         """All jobs in one transaction; where that fails each in its own, so that only the guilty fail."""
+        if self.removed:
+            self._look()
+        if self.removed:
+            return [(job[2], self._nowhere()) for job in jobs], []
         try:
             return self._transact(jobs)
         except Exception as error:
-            if len(jobs) == 1 or isinstance(error, apsw.BusyError):
+            if len(jobs) == 1 or self.removed or isinstance(error, apsw.BusyError):
                 return [(job[2], translate(error, self.path)) for job in jobs], []
         alone = [self._settle([job]) for job in jobs]
         return [outcome for outcomes, _ in alone for outcome in outcomes], [
@@ -306,7 +316,8 @@ class Database:
         groups: dict[Work[Any, Any], list[Job]] = {}
         for job in jobs:
             groups.setdefault(job[0], []).append(job)
-        synchronous = "FULL" if any(job[3] for job in jobs) else "NORMAL"
+        lasting = any(job[3] for job in jobs)
+        synchronous = "FULL" if lasting else "NORMAL"
         if synchronous != self._synchronous:
             self._connection.execute(f"PRAGMA synchronous = {synchronous}").fetchall()
             self._synchronous = synchronous
@@ -318,7 +329,23 @@ class Database:
                 outcomes += [(job[2], result) for job, result in zip(group, results, strict=True)]
             return outcomes
 
-        return self._commit(work_all)
+        done = self._commit(work_all)
+        if self._inode is not None and (lasting or time.monotonic() >= self._look_at):
+            self._look()
+            if self.removed:
+                raise self._nowhere()
+        return done
+
+    def _look(self) -> None:
+        """Finds out whether the file is where it was."""
+        self._look_at = time.monotonic() + LOOK_EVERY
+        self.removed = self._inode != _inode(self.path)
+
+    def _nowhere(self) -> TransportError:
+        return TransportError(
+            f"{self.path} was removed or replaced while it is open: put it back, or stop all processes that use it"
+            " before they use another file"
+        )
 
     def _commit(self, act: Callable[[Transaction], R]) -> tuple[R, list[Wake]]:
         connection = self._connection
@@ -421,6 +448,15 @@ def _resolve(outcomes: list[Outcome]) -> None:
 def _call(loop: asyncio.AbstractEventLoop, callback: Callable[[Any], None], argument: Any) -> None:
     with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there any more
         loop.call_soon_threadsafe(callback, argument)
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    """What tells the file of this path from any other; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _wake_socket(path: Path) -> tuple[socket.socket, str]:

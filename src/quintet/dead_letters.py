@@ -28,7 +28,6 @@ DEAD_LETTERS = Channel(DEAD, durable=True)
 TIMES_KEPT = 100  # of failed attempts; the oldest go first
 LATEST = 250_000_000_000.0  # seconds since 1970, in the year 9892: what is later is no date in some time zone
 MOST_REPLAYS = 1_000_000  # that are counted; then the count begins anew
-LONGEST_REASON = 4000  # bytes: ActiveMQ hangs up over a header of more than 10 KiB, and STOMP may write two for one
 _OURS = frozenset({DEAD_AT, DEAD_CHANNEL, DEAD_FANOUT, DEAD_GROUP, DEAD_ID, DEAD_REASON})
 
 
@@ -45,7 +44,7 @@ def bury(message: Message, group: str, reason: str, clock: Clock) -> Message:
     headers[DEAD_CHANNEL] = channel.name
     headers[DEAD_FANOUT] = "yes" if channel.fanout else ""
     headers[DEAD_GROUP] = group if channel.fanout else ""
-    headers[DEAD_REASON] = reason.encode(errors="replace")[:LONGEST_REASON].decode(errors="ignore")
+    headers[DEAD_REASON] = reason
     headers[DEAD_AT] = f"{clock.wall():.3f}"
     headers[DEAD_ID] = letter_id(message, group if channel.fanout else channel.name)
     return structs.replace(message, channel=DEAD_LETTERS, headers=headers, deadline=None, until=None, native=())

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkabl
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from msgspec import Struct
+from msgspec.structs import force_setattr
 
 from quintet.clock import SYSTEM, Clock
 from quintet.errors import AddressError, Unavailable
@@ -43,10 +44,17 @@ class Again(Struct, frozen=True):
     reason: str = ""
 
 
+LONGEST_REASON = 4000  # bytes: ActiveMQ hangs up over a header of more than 10 KiB, and STOMP may write two for one
+
+
 class Dead(Struct, frozen=True):
-    """Never deliver it again: into the dead-letter channel, with the reason."""
+    """Never deliver it again: into the dead-letter channel, with the reason, which is cut to LONGEST_REASON bytes and
+    made UTF-8: an error's text may hold what no broker could write."""
 
     reason: str
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "reason", self.reason.encode(errors="replace")[:LONGEST_REASON].decode(errors="ignore"))
 
 
 Verdict: TypeAlias = Done | Again | Dead

@@ -19,7 +19,7 @@ import pytest
 
 from quintet.clock import SYSTEM, Clock
 from quintet.database import Transaction, one_by_one
-from quintet.errors import AddressError, CallError, ChannelFull, Safety, TransportError, Unavailable
+from quintet.errors import AddressError, CallError, ChannelFull, InvalidMessage, Safety, TransportError, Unavailable
 from quintet.message import Channel, Message
 from quintet.testing import FakeClock, Receiver
 from quintet.transport import DONE, Again, Dead, Verdict, open_address, parse_address
@@ -665,6 +665,67 @@ def test_a_verdict_that_cannot_be_written_now_is_written_later(tmp_path: Path) -
             while (await carrier.channels())[0].in_work:
                 await clock.advance(1)
             assert len(receiver.messages) == 1
+
+    run(main)
+
+
+def test_an_error_text_with_half_a_surrogate_pair_is_the_reason_of_a_dead_letter_and_its_key_goes_on(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        async def receive(one: Message) -> Verdict:
+            handled.append(one.body)
+            return Dead("bad name: \udcff") if one.body == b"0" else DONE
+
+        handled: list[bytes] = []
+        async with opened(tmp_path) as carrier:
+            for number in range(6):
+                await carrier.send(message(b"%d" % number, key="a" if number in (0, 5) else ""))
+            await carrier.serve(WORK, receive, "")
+            await until(lambda: b"5" in handled)
+            while (await carrier.channels())[0].in_work:
+                await asyncio.sleep(0)
+            (letter,) = await carrier.dead()
+            assert letter.reason == "bad name: ?"
+            assert sorted(handled) == [b"%d" % number for number in range(6)], "the others are not handled again"
+
+    run(main)
+
+
+@pytest.mark.parametrize("fields", [{"key": "\ud800"}, {"headers": {"name": "\ud800"}}, {"sender": "\ud800"}])
+def test_a_message_that_cannot_be_written_is_refused_as_invalid(tmp_path: Path, fields: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as carrier:
+            with pytest.raises(InvalidMessage, match="cannot be written as UTF-8"):
+                await carrier.send(message(b"1", **fields))
+            await carrier.send(message(b"2"))
+            assert (await carrier.channels())[0].waiting == 1
+
+    run(main)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_removed_or_replaced_refuses_what_is_sent_and_says_that_it_is_away(
+    tmp_path: Path, replaced: bool
+) -> None:
+    async def main() -> None:
+        async with opened(tmp_path) as carrier:
+            await carrier.send(message(b"1"))
+            assert carrier.connected
+            path = tmp_path / "broker.db"
+            path.rename(tmp_path / "old.db")
+            if replaced:
+                path.touch()
+            for _ in range(2):
+                with pytest.raises(Unavailable, match="was removed or replaced while it is open") as caught:
+                    await carrier.send(message(b"2"))
+                assert caught.value.safety is Safety.NOT_SENT
+            assert not carrier.connected
+            with pytest.raises(TransportError, match="was removed or replaced"):
+                await carrier.channels()
+            (tmp_path / "old.db").rename(path)
+            await carrier.send(message(b"3"))
+            assert carrier.connected
 
     run(main)
 

@@ -13,7 +13,7 @@ from msgspec import DecodeError
 
 from quintet.clock import SYSTEM, Clock, Handle
 from quintet.database import Database, close_database, file_of, open_database, refusal
-from quintet.errors import AddressError, TransportError, Unavailable
+from quintet.errors import AddressError, InvalidMessage, TransportError, Unavailable
 from quintet.message import Channel, Message
 from quintet.transport import Address, Again, ChannelState, Dead, DeadLetter, Done, Finding, Receive, Trait, Transport
 from quintet.wire import sqlite as engine
@@ -61,6 +61,11 @@ class Carrier(Transport):
         self._closing = False
 
     @property
+    def connected(self) -> bool:
+        """False once its file was removed or replaced."""
+        return self._database is None or not self._database.removed
+
+    @property
     def database(self) -> Database:
         if self._database is None:
             raise Unavailable(f"{self!r} is not open: open() it first, and send and serve before close()")
@@ -100,6 +105,11 @@ class Carrier(Transport):
 
     async def send(self, message: Message) -> None:
         channel, clock = message.channel, self.clock
+        try:
+            packed = pack(message)
+            message.key.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidMessage(f"{channel.name}: the message cannot be written as UTF-8: {error}") from None
         send = engine.Send(
             channel.name,
             channel.fanout,
@@ -109,7 +119,7 @@ class Carrier(Transport):
             message.attempt,
             clock.wall(),
             self._capacity,
-            pack(message),
+            packed,
         )
         try:
             await self.database.submit(engine.enqueue, send, durable=channel.durable and self._to_disk)
