@@ -8,7 +8,7 @@ import operator
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from enum import Enum
-from functools import cached_property
+from functools import cache, cached_property
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -104,7 +104,17 @@ class Fault(QuintetError):
         cls.record = msgspec.defstruct(cls.__name__, fields, kw_only=True, module=cls.__module__)
 
     def __init__(self, **fields: Any) -> None:
+        """Raise TypeError for a field that does not fit its type: here, where the mistake is, and not on its way."""
         twin = self.record(**fields)
+        try:
+            _decoder_of(self.record).decode(_encode(twin))
+        except UnicodeEncodeError:
+            raise TypeError(f"{type(self).__name__}: a text in it holds half a surrogate pair") from None
+        except (msgspec.MsgspecError, TypeError, OverflowError, RecursionError) as error:
+            raise TypeError(f"{type(self).__name__}: {error}") from None
+        self._hold(twin)
+
+    def _hold(self, twin: Struct) -> None:
         super().__init__(*(getattr(twin, name) for name in twin.__struct_fields__))
         for name in twin.__struct_fields__:
             setattr(self, name, getattr(twin, name))
@@ -115,7 +125,22 @@ class Fault(QuintetError):
 
     @classmethod
     def from_record(cls, record: Struct) -> Fault:
-        return cls(**msgspec.structs.asdict(record))
+        """The fault of a record that was read, and so checked."""
+        made = cls.__new__(cls)
+        made._hold(record)
+        return made
+
+    def among(self, declared: Sequence[type[Fault]]) -> Fault | None:
+        """The fault as the nearest of its classes that is declared, with the fields of that; None where none is."""
+        kinds: Sequence[type[Any]] = type(self).__mro__
+        for kind in kinds:
+            if kind in declared:
+                if kind is type(self):
+                    return self
+                fields = {name: getattr(self, name) for name in kind.record.__struct_fields__}
+                nearest: Fault = kind.from_record(kind.record(**fields))
+                return nearest
+        return None
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.record.__struct_fields__)
@@ -130,6 +155,14 @@ class Fault(QuintetError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), {name: getattr(self, name) for name in self.record.__struct_fields__}))
+
+
+_encode = msgspec.msgpack.Encoder().encode
+
+
+@cache
+def _decoder_of(record: type[Struct]) -> msgspec.msgpack.Decoder[Struct]:
+    return msgspec.msgpack.Decoder(record)
 
 
 def _rebuild(kind: type[Fault], fields: dict[str, Any]) -> Fault:

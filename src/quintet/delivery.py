@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from msgspec import Struct
 
 from quintet.clock import Clock
@@ -43,9 +45,32 @@ class Redelivery(Struct, frozen=True, kw_only=True):
 class HandlerFailed(Exception):
     """The user's function raised what the contract does not declare: its cause may be anything, and stays inside."""
 
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(text_of(error))
         self.error = error
+
+
+def text_of(error: BaseException) -> str:
+    """The class and the text of an error, as text that can be written whatever is in it."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception:
+        text = f"{type(error).__name__}, whose text cannot be read"
+    return text.encode(errors="backslashreplace").decode()
+
+
+def is_cancelled() -> bool:
+    """Tell whether the running task itself was asked to stop, and not only what it awaits."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def leaves(error: BaseException) -> bool:
+    """Tell whether what a handler raised ends its task: a cancellation from outside, or Ctrl-C. All else is a failure,
+    also a CancelledError of something that the handler started."""
+    if isinstance(error, asyncio.CancelledError | BaseExceptionGroup):
+        return not isinstance(error, Exception) and is_cancelled()
+    return isinstance(error, GeneratorExit | KeyboardInterrupt)
 
 
 _HOPELESS = (InvalidMessage, UnsupportedMediaType, UnknownOperation, TooLarge)  # the same bytes fail the same way again
@@ -54,7 +79,7 @@ _HOPELESS = (InvalidMessage, UnsupportedMediaType, UnknownOperation, TooLarge)  
 def decide(error: Exception, attempt: int, redelivery: Redelivery, clock: Clock) -> Verdict:
     """The verdict on a delivery whose handler raised; its reason names the error, for who looks at dead letters."""
     cause = error.error if isinstance(error, HandlerFailed) else error
-    reason = f"{type(cause).__name__}: {cause}"
+    reason = text_of(cause)
     if isinstance(error, DeadlineExceeded):
         return Done()  # it expired before work was begun, as its sender wished
     if isinstance(error, _HOPELESS):

@@ -9,13 +9,14 @@ from typing import Any
 from quintet.binding import Bound, bind
 from quintet.clock import Clock
 from quintet.contract import LONGEST_WAIT, Fault, Operation
-from quintet.delivery import Redelivery, decide
+from quintet.delivery import HandlerFailed, Redelivery, decide, is_cancelled
 from quintet.errors import CallError, Cancelled, UnknownPending
 from quintet.message import Handler, Message
 from quintet.store import AnswerStore, Kept
 from quintet.transport import DONE, Again, Receive, Verdict
 
 Failing = Callable[[Exception, Message, Operation[Any, Any, Any]], Fault | CallError]
+Refuse = Callable[[Bound, Message, Fault | CallError, Operation[Any, Any, Any]], Message]
 
 
 class StillPending(Exception):
@@ -42,33 +43,51 @@ class PendingWork:
         bound: Bound,
         redelivery: Redelivery,
         failing: Failing,
+        refuse: Refuse,
     ) -> Receive:
-        """Works on a submission: its value, or at last its failure, is the answer. `failing`: what of it may travel."""
+        """Works on a submission: its value, or at last its failure, is the answer. `failing`: what of it may travel;
+        `refuse` writes that as an answer."""
 
-        async def receive(message: Message) -> Verdict:
+        async def work(message: Message) -> Verdict:
             kept = await self.store.get(message.id)
             if kept is not None and kept.state != "pending":
                 return DONE  # a repeat of what is answered, or was cancelled before it was begun
             task = self._work[message.id] = asyncio.ensure_future(handle(message))
             try:
-                answer = await task
-            except asyncio.CancelledError:
-                if _cancelled_itself():
-                    raise
-                return DONE  # withdrawn: the store says so
+                answer = await self._result_of(task, message.id)
+                if answer is None:
+                    return DONE
             except Exception as error:
                 failure = failing(error, message, operation)
                 verdict = decide(error, message.attempt, redelivery, self._clock)
                 if isinstance(verdict, Again) and not isinstance(failure, Fault):
                     return verdict
-                answer = bound.refuse(message, failure)
+                answer = refuse(bound, message, failure, operation)
             finally:
                 self._work.pop(message.id, None)
-            assert answer is not None, "a handler's chain returns the reply"  # noqa: S101
             await self.store.answer(message.id, answer)
             return DONE
 
+        async def receive(message: Message) -> Verdict:
+            try:
+                return await work(message)
+            except Exception as error:  # the store failed
+                failing(error, message, operation)
+                return decide(error, message.attempt, redelivery, self._clock)
+
         return receive
+
+    async def _result_of(self, task: asyncio.Task[Message | None], id: str) -> Message | None:  # noqa: A002
+        """The reply of a handler; None where the work was withdrawn, as the store says. Raises what the handler did."""
+        try:
+            return await task
+        except asyncio.CancelledError as error:
+            if is_cancelled():
+                raise
+            kept = await self.store.get(id)
+            if kept is not None and kept.state == "cancelled":
+                return None
+            raise HandlerFailed(error) from None
 
     def companions(
         self, operation: Operation[Any, Any, Any], direct: bool
@@ -108,7 +127,7 @@ class PendingWork:
         try:
             return await looking
         except asyncio.CancelledError:
-            if not self._draining or _cancelled_itself():
+            if not self._draining or is_cancelled():
                 raise
             return await self.store.get(pending_id)
         finally:
@@ -119,9 +138,3 @@ class PendingWork:
         self._draining = True
         for looking in self._looking:
             looking.cancel()
-
-
-def _cancelled_itself() -> bool:
-    """Whether the running task was asked to stop, and not only what it awaited."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar, Unpack
 
 from msgspec import Struct, structs
@@ -21,7 +21,7 @@ from quintet.clock import SYSTEM, Clock
 from quintet.compiler import model_of
 from quintet.context import CURRENT, Current
 from quintet.contract import FANOUT, NEEDS, Contract, Event, Fault, Operation, Style, Survey
-from quintet.delivery import HandlerFailed, Redelivery, decide
+from quintet.delivery import HandlerFailed, Redelivery, decide, leaves
 from quintet.errors import (
     CallError,
     CannotCarry,
@@ -486,7 +486,7 @@ class Running:
         operation, style, name = handling.operation, handling.operation.style, self.service.name
         handle = self._handler(handling, bound)
         if self._pending and style is Style.ASYNC_REQUEST:
-            return self._pending.worker(operation, handle, bound, handling.redelivery, self._failure)
+            return self._pending.worker(operation, handle, bound, handling.redelivery, self._failure, self._refuse)
         direct = Trait.REPLIES in transport.traits
         retried = Trait.REDELIVERS in transport.traits and style in (Style.NOTIFICATION, Style.EVENT)
         answered = style in (Style.REQUEST, Style.SURVEY)
@@ -502,7 +502,7 @@ class Running:
                 failure = self._failure(error, message, operation)
                 if retried:
                     return self._told(message, decide(error, message.attempt, handling.redelivery, self.clock))
-                reply = bound.refuse(message, failure)
+                reply = self._refuse(bound, message, failure, operation)
             if direct:
                 return Done(reply)
             if answered and reply is not None and message.reply_to:
@@ -522,7 +522,7 @@ class Running:
     async def _send_reply(self, transport: Transport, reply: Message) -> None:
         try:
             await transport.send(reply)
-        except CallError as error:  # the caller waits no longer than its deadline; to handle it again would not help
+        except QuintetError as error:  # the caller waits no longer than its deadline; to handle it again would not help
             log.warning("%s: the reply %s could not be sent: %s", reply.operation, reply.id, error)
 
     def _handler(self, handling: Handling, bound: Bound) -> Handler:
@@ -532,7 +532,9 @@ class Running:
         if self._seen and own and not handling.every_instance:
             function = once(function, operation, self._seen, bind("body", operation, self._format), self.service.name)
         gate = self._gate if own else Gate(sys.maxsize)  # who waits for an answer must not keep it from being made
-        declared: tuple[type[Exception], ...] = (*operation.faults, Declined)
+        declared: tuple[type[Exception], ...] = operation.faults
+        if operation.style is Style.SURVEY:
+            declared = (*declared, Declined)
         invoke = _invoker(operation, function)
 
         async def call(message: Message) -> Message | None:
@@ -553,8 +555,10 @@ class Running:
                 value = await invoke(record)
             except declared:
                 raise
-            except Exception as error:
-                raise HandlerFailed(error) if own else error from None
+            except BaseException as error:
+                if leaves(error):
+                    raise
+                raise HandlerFailed(error) if own or not isinstance(error, Exception) else error from None
             finally:
                 gate.leave()
                 CURRENT.reset(token)
@@ -594,20 +598,28 @@ class Running:
 
     def _failure(self, error: Exception, message: Message, operation: AnyOperation) -> Fault | CallError:
         """What of a failure may travel; the rest goes to the log."""
-        if isinstance(error, Fault):
-            return error
+        if isinstance(error, Fault) and (declared := error.among(operation.faults)) is not None:
+            return declared
         if isinstance(error, CallError):
             error.correlation_id = message.id
             return error
-        log.error(
-            "%s failed (message %s from %s, attempt %d)",
-            operation.full_name,
-            message.id,
-            message.sender or "?",
-            message.attempt,
-            exc_info=error.error if isinstance(error, HandlerFailed) else error,
-        )
+        with suppress(Exception):  # a log that fails does not touch the work
+            log.error(
+                "%s failed (message %s from %s, attempt %d)",
+                operation.full_name,
+                message.id,
+                message.sender or "?",
+                message.attempt,
+                exc_info=error.error if isinstance(error, HandlerFailed) else error,
+            )
         return RemoteError(f"{operation.full_name} failed in {self.service.name}", correlation_id=message.id)
+
+    def _refuse(self, bound: Bound, message: Message, failure: Fault | CallError, operation: AnyOperation) -> Message:
+        """A failure as a reply; what cannot be written goes to the log, and a RemoteError in its place."""
+        try:
+            return bound.refuse(message, failure)
+        except Exception as error:
+            return bound.refuse(message, self._failure(HandlerFailed(error), message, operation))
 
     def _accepter(self, handling: Handling, outside: Bound, inbox: Transport) -> Receive:
         """Takes from a direct transport: what fits the contract is kept in the inbox, and then accepted."""
@@ -631,7 +643,7 @@ class Running:
             try:
                 return Done(await handle(message))
             except Exception as error:
-                return Done(outside.refuse(message, self._failure(error, message, operation)))
+                return Done(self._refuse(outside, message, self._failure(error, message, operation), operation))
 
         return receive
 
