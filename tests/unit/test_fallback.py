@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from weakref import ref
 
 import pytest
 from callee import run
@@ -29,10 +31,11 @@ from quintet import (
     on,
     request,
     serve,
+    set_policy,
     stale,
 )
 from quintet.errors import UnknownOperation
-from quintet.fallback import KEPT
+from quintet.fallback import KEPT, KEPT_BYTES, Kept
 from quintet.message import Message
 from quintet.testing import FakeClock
 
@@ -247,7 +250,103 @@ def test_a_stale_reply_stands_in_whatever_order_the_dicts_and_sets_of_the_argume
     run(main)
 
 
-def test_only_so_many_replies_are_kept_and_the_one_unused_longest_goes_first() -> None:
+def kept_by(client: Passengers) -> Kept:
+    return client.name._line._guarded.own.of(Kept, lambda: Kept(FakeClock()))  # type: ignore[attr-defined, no-any-return]
+
+
+def test_replies_are_kept_up_to_a_number_of_bytes_and_the_oldest_goes_first() -> None:
+    async def main() -> None:
+        desk = Desk()
+        desk.answer = lambda passenger_id: [passenger_id, "x" * 1_000_000]
+        async with desk.client(on(Passengers.name, breaker=False, fallback=[stale(max_age=60)])) as passengers:
+            for number in range(100):
+                await passengers.name(str(number))
+            kept = kept_by(passengers)
+            bodies = [len(reply.body) for _, _, reply in kept._replies.values()]
+            assert sum(bodies) <= kept.bytes <= KEPT_BYTES
+            assert len(bodies) == KEPT_BYTES // 1_000_000
+            desk.answer = lambda passenger_id: ["x" * KEPT_BYTES]
+            await passengers.name("99")  # larger than all that may be kept: only what it would replace goes
+            assert len(kept) == len(bodies) - 1
+            desk.answer = failing
+            assert (await passengers.name.reply("98")).stale
+            for gone in ("99", "0"):
+                with pytest.raises(RemoteError):
+                    await passengers.name(gone)
+
+    run(main)
+
+
+def test_replies_that_are_too_old_are_freed_without_another_call() -> None:
+    async def main() -> None:
+        desk = Desk()
+        desk.answer = lambda passenger_id: [passenger_id, "x" * 100_000]
+        fallback = [stale(max_age=60), stale(max_age=30)]  # the longest decides
+        async with desk.client(on(Passengers.name, breaker=False, fallback=fallback)) as passengers:
+            kept = kept_by(passengers)
+            idle = len(desk.clock.timers)
+            for number in range(100):
+                await passengers.name(str(number))
+                await desk.clock.advance(0.1)
+            await desk.clock.advance(50)
+            assert len(kept) == 100
+            assert len(desk.clock.timers) == idle + 1
+            await desk.clock.advance(6)
+            assert 40 <= len(kept) <= 60
+            await desk.clock.advance(6)
+            assert (len(kept), kept.bytes, len(desk.clock.timers)) == (0, 0, idle)
+
+    run(main)
+
+
+def test_a_change_of_the_policy_keeps_the_replies_for_as_long_as_it_says_then() -> None:
+    async def main() -> None:
+        desk = Desk()
+        async with desk.client(on(Passengers.name, fallback=[stale(max_age=60)])) as passengers:
+            kept = kept_by(passengers)
+            await passengers.name("p-1")
+            set_policy(passengers, on(Passengers.name, breaker=False, fallback=[stale(max_age=120)]))
+            await desk.clock.advance(100)
+            assert len(kept) == 1
+            set_policy(passengers, on(Passengers.name, fallback=[["none"]]))
+            await desk.clock.advance(30)
+            assert len(kept) == 0
+
+    run(main)
+
+
+def test_replies_are_freed_on_the_loop_that_is_running_when_another_has_ended() -> None:
+    clock = FakeClock()
+    kept = Kept(clock)
+    kept.max_age = 60
+
+    async def keep(key: bytes) -> None:
+        kept.keep(key, Message(channel=Passengers.name.channel))
+
+    async def free() -> None:
+        await keep(b"other")
+        await clock.advance(62)
+        assert len(kept) == 0
+
+    run(lambda: keep(b"one"))
+    clock._timers.clear()  # they end with their loop
+    run(free)
+
+
+def test_the_replies_of_a_client_that_is_gone_are_freed() -> None:
+    async def main() -> None:
+        desk = Desk()
+        async with desk.client(on(Passengers.name, fallback=[stale(max_age=1e6)])) as passengers:
+            await passengers.name("p-1")
+            gone = ref(kept_by(passengers))
+        del passengers
+        gc.collect()
+        assert gone() is None
+
+    run(main)
+
+
+def test_only_so_many_replies_are_kept_and_the_oldest_goes_first() -> None:
     async def main() -> None:
         desk = Desk()
         async with desk.client(
