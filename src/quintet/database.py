@@ -8,6 +8,7 @@ import contextlib
 import os
 import queue
 import random
+import re
 import socket
 import tempfile
 import threading
@@ -382,7 +383,7 @@ class Database:
         for address, topic, payload in wakes:
             if address == self.address:
                 self._call_listeners(topic, payload)
-            elif not _poke(self._socket, address, f"{topic}\0{payload}"):
+            elif not (_is_wake_socket(address, self.path) and _poke(self._socket, address, f"{topic}\0{payload}")):
                 refused = True
         if refused:
             with contextlib.suppress(apsw.Error):  # somebody does it later
@@ -416,10 +417,12 @@ class Database:
 
     def _bury(self, transaction: Transaction, arguments: list[None]) -> list[None]:
         for (address,) in transaction.execute("SELECT address FROM quintet_process"):
-            if address != transaction.address and not _poke(self._socket, address, _PROBE):
+            ours = _is_wake_socket(address, self.path)
+            if address != transaction.address and not (ours and _poke(self._socket, address, _PROBE)):
                 transaction.execute("DELETE FROM quintet_process WHERE address = ?", address)
                 transaction.notify_everyone()
-                Path(address).unlink(missing_ok=True)
+                if ours:
+                    Path(address).unlink(missing_ok=True)
         return arguments
 
 
@@ -472,6 +475,16 @@ def _wake_socket(path: Path) -> tuple[socket.socket, str]:
         wake.close()
         raise TransportError(f"{path} cannot be opened: its folder must exist and be writable ({error})") from error
     return wake, address
+
+
+def _is_wake_socket(address: object, path: Path) -> bool:
+    """Whether an address that stands in a file can be the socket of one who has it open: a row may say anything."""
+    if not isinstance(address, str):
+        return False
+    folder, _, name = address.rpartition("/")
+    if folder == str(path.parent):
+        return re.fullmatch(rf"{re.escape(path.name)}-[0-9a-f]{{12}}\.wake", name) is not None
+    return folder == tempfile.gettempdir() and re.fullmatch(r"quintet-[0-9a-f]{12}\.wake", name) is not None
 
 
 def _poke(wake: socket.socket, address: str, text: str) -> bool:
@@ -531,6 +544,25 @@ def file_of(address: Address) -> Path:
     return Path(address.path[1:])
 
 
+def mode_of(address: Address) -> int:
+    """The permissions that `?mode=` asks for a file that is made, 0600 without. Raises AddressError."""
+    text = address.options.get("mode", "600")
+    if not re.fullmatch(r"0?[0-7]{3}", text) or int(text, 8) & 0o711 != 0o600:
+        raise AddressError(f"{address}: mode={text} must be octal, as 0660, with read and write for the owner")
+    return int(text, 8)
+
+
+def make_file(path: Path, mode: int) -> None:
+    """Make the file, and its folder, where they are missing, for those alone whom `mode` names."""
+    with contextlib.suppress(OSError):  # one level, as .quintet/; what is missing above is a slip of the pen
+        path.parent.mkdir(mode=0o700)
+        path.parent.chmod(mode | (mode & 0o444) >> 2)
+    with contextlib.suppress(OSError):  # it is there, or opening it tells what is wrong
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        os.fchmod(file, mode)
+        os.close(file)
+
+
 def reserve(path: Path) -> None:
     """Keeps a file for the standard library's SQLite, until `give_back`. Raises ConfigurationError where it is open."""
     path = path.resolve()
@@ -549,10 +581,11 @@ def give_back(path: Path) -> None:
         _reserved.remove(path.resolve())
 
 
-async def open_database(path: Path | None, shared: str = "") -> Database:
+async def open_database(path: Path | None, shared: str = "", mode: int = 0o600) -> Database:
     """The database of the file, shared in this process, or a new one in memory; each needs one `close_database`.
 
-    `shared`: the name by which one in memory is shared, too, until its last user closes it.
+    `shared`: the name by which one in memory is shared, too, until its last user closes it. `mode`: the permissions of
+    a file that is not there yet.
 
     Raises TransportError where the file cannot be used: an old SQLite, no database, damaged, read-only, locked; and
     ConfigurationError where this process has it open through another SQLite library.
@@ -568,7 +601,7 @@ async def open_database(path: Path | None, shared: str = "") -> Database:
         if shared:
             _shared[shared] = found
         return found
-    opening = asyncio.get_running_loop().run_in_executor(None, _acquire, path)
+    opening = asyncio.get_running_loop().run_in_executor(None, _acquire, path, mode)
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
@@ -599,10 +632,8 @@ def _library_version() -> int:
     return major * 1_000_000 + minor * 1_000 + patch
 
 
-def _acquire(path: Path) -> Database:
+def _acquire(path: Path, mode: int) -> Database:
     path = path.resolve()
-    with contextlib.suppress(OSError):  # one level, as .quintet/; what is missing above is a slip of the pen
-        path.parent.mkdir(exist_ok=True)
     with _opening:
         if path in _abandoned:
             raise TransportError(
@@ -613,6 +644,7 @@ def _acquire(path: Path) -> Database:
             raise ConfigurationError(f"{path} is open in this process for an outbox at sqlite3://{_TWO_LIBRARIES}")
         database = _open.get(path)
         if database is None:
+            make_file(path, mode)
             database = Database(path)
             database._start()
             _open[path] = database

@@ -32,7 +32,7 @@ class Recorder:
 
     def __init__(self, path: str | Path) -> None:
         self._encode = msgspec.json.Encoder().encode
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def write(self, exchange: Exchange) -> None:
         os.write(self._file, self._encode(exchange) + b"\n")

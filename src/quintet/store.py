@@ -18,6 +18,7 @@ from quintet.database import (
     blames_file,
     close_database,
     file_of,
+    mode_of,
     one_by_one,
     open_database,
 )
@@ -69,6 +70,7 @@ class _Store:
             )
         self._address = parsed
         self._file = file_of(parsed) if parsed.scheme == "sqlite" else None
+        self._mode = mode_of(parsed)
         self._keep = keep
         self._clock = clock
         self._opened: Database | None = None
@@ -85,7 +87,7 @@ class _Store:
 
     async def open(self) -> None:
         """Opens the file and makes its tables. Raises TransportError."""
-        self._opened = await open_database(self._file, shared=self._address.host)
+        self._opened = await open_database(self._file, self._address.host, self._mode)
         try:
             await self._opened.submit(_CREATE, self.schema)
             await self._opened.listen(self.topic, self._wake)

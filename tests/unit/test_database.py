@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +20,8 @@ import pytest
 from quintet import database as room
 from quintet.database import Database, Transaction, close_database, file_of, one_by_one, open_database, refusal
 from quintet.errors import AddressError, ChannelFull, Safety, TransportError, Unavailable
-from quintet.transport import parse_address
+from quintet.store import open_store
+from quintet.transport import open_address, parse_address
 
 
 @contextlib.asynccontextmanager
@@ -474,3 +476,80 @@ def test_addresses_name_files() -> None:
     for text in ("sqlite://rides.db", "sqlite://", "sqlite:///"):
         with pytest.raises(AddressError, match=r"write sqlite:///rides\.db"):
             file_of(parse_address(text))
+
+
+# Who may read it, and what a row may make us do
+
+
+def permissions(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize(("option", "file", "folder"), [("", 0o600, 0o700), ("?mode=0660", 0o660, 0o770)])
+@pytest.mark.parametrize("old_umask", [0o000, 0o077])
+async def test_what_is_made_is_for_its_owner_alone_unless_the_address_says_otherwise(
+    tmp_path: Path, option: str, file: int, folder: int, old_umask: int
+) -> None:
+    before = os.umask(old_umask)
+    try:
+        path = tmp_path / "new" / "a.db"
+        carrier = open_address(f"sqlite:///{path}{option}")
+        await carrier.open()
+        try:
+            assert permissions(path.parent) == folder
+            assert {permissions(one) for one in path.parent.iterdir() if one.suffix != ".wake"} == {file}
+            assert len(list(path.parent.iterdir())) == 4, "the database, its log and shared memory, and the socket"
+        finally:
+            await carrier.close()
+        store = open_store(f"sqlite:///{tmp_path}/answers.db{option}")
+        await store.open()
+        await store.close()
+        assert permissions(tmp_path / "answers.db") == file
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("mode", ["0", "400", "888", "0607", "rw", ""])
+def test_a_mode_that_makes_no_sense_is_refused(mode: str) -> None:
+    with pytest.raises(AddressError, match=f"mode={mode} must be octal"):
+        open_address(f"sqlite:///a.db?mode={mode}")
+
+
+async def test_a_file_that_is_there_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    path.touch(mode=0o640)
+    async with opened(path):
+        assert permissions(path) == 0o640
+
+
+async def test_a_row_of_a_stranger_removes_no_file_and_sends_nobody_anything(tmp_path: Path) -> None:
+    path, victim = tmp_path / "a.db", tmp_path / "victim"
+    victim.write_text("precious")
+    lookalike = tmp_path / "a.db-0123456789ab.wake.txt"
+    lookalike.write_text("precious too")
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    listening.bind(str(tmp_path / "notify"))
+    listening.setblocking(False)
+    with contextlib.closing(listening), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as gone:
+        gone.bind(str(tmp_path / "gone"))
+        gone.close()
+        async with opened(path) as database:
+
+            def forge(transaction: Transaction, _: list[None]) -> list[None]:
+                for address in (victim, lookalike, tmp_path / "notify", tmp_path / "gone", "/dev/log", b"\0"):
+                    said = address if isinstance(address, bytes) else str(address)
+                    transaction.execute("INSERT INTO quintet_process VALUES (?, 1)", said)
+                transaction.notify_everyone()
+                return [None]
+
+            await database.submit(forge, None)
+            await database.bury()
+            left = await database.submit(
+                lambda transaction, _: [transaction.execute("SELECT * FROM quintet_process")], None
+            )
+            assert len(left) == 1
+        assert victim.read_text() == "precious"
+        assert lookalike.read_text() == "precious too"
+        assert (tmp_path / "gone").is_socket()
+        with pytest.raises(BlockingIOError):
+            listening.recv(100)

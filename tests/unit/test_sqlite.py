@@ -778,7 +778,7 @@ def test_wrong_options_are_refused_with_what_to_write() -> None:
         ("capacity=0", "option capacity must be a number of at least 1"),
         ("attempts=nan", "option attempts must be a number of at least 1"),
         ("synchronous=off", "option synchronous='off' must be full or normal"),
-        ("speed=9", "unknown option speed; known are: attempts, capacity, lease, retain, synchronous"),
+        ("speed=9", "unknown option speed; known are: attempts, capacity, lease, mode, retain, synchronous"),
     ):
         with pytest.raises(AddressError) as caught:
             open_address(f"sqlite:///rides.db?{options}")

@@ -46,7 +46,7 @@ class Keeper(FileBox):
 
     async def open(self, wake: Callable[[str], None]) -> None:
         await super().open(wake)
-        self._opened = await database.open_database(self._file, shared=self.address.host)
+        self._opened = await database.open_database(self._file, self.address.host, database.mode_of(self.address))
         self.process = self._opened.address
         try:
             await self.do(sql.create, None)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from msgspec.structs import astuple
 
 from quintet.clock import Clock
-from quintet.database import file_of, give_back, reserve
+from quintet.database import file_of, give_back, make_file, mode_of, reserve
 from quintet.errors import ConfigurationError, TransportError, Unavailable
 from quintet.outbox import Kept
 from quintet.outbox_file import FileBox
@@ -51,7 +51,7 @@ class Keeper(FileBox):
             raise
 
     def _connect(self) -> None:
-        self._file.parent.mkdir(exist_ok=True)
+        make_file(self._file, mode_of(self.address))
         connection = sqlite3.connect(self._file, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         self._connection = connection
         ((mode,),) = connection.execute("PRAGMA journal_mode").fetchall()

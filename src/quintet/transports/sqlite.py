@@ -12,7 +12,7 @@ import apsw
 from msgspec import DecodeError
 
 from quintet.clock import SYSTEM, Clock, Handle
-from quintet.database import Database, close_database, file_of, open_database, refusal
+from quintet.database import Database, close_database, file_of, mode_of, open_database, refusal
 from quintet.errors import AddressError, InvalidMessage, TransportError, Unavailable
 from quintet.message import Channel, Message
 from quintet.transport import Address, Again, ChannelState, Dead, DeadLetter, Done, Finding, Receive, Trait, Transport
@@ -34,15 +34,16 @@ class Carrier(Transport):
     attempts=10         crashes of its receivers until a message goes to the dead letters
     capacity=100000     messages per channel and group; over it ChannelFull, or a dead letter for a fan-out group
     retain=0            seconds that finished messages are kept in the table quintet_done
+    mode=0600           permissions of a file that is made, in octal; the folder that is made for it has them as well
     synchronous=full    "normal" accepts without waiting for the disk: faster, a power cut may take the last moments
     """
 
     traits = frozenset({Trait.FANOUT, Trait.DURABLE, Trait.REDELIVERS, Trait.DELAYS, Trait.ORDERED})
-    options: ClassVar[frozenset[str]] = frozenset({"lease", "attempts", "capacity", "retain", "synchronous"})
+    options: ClassVar[frozenset[str]] = frozenset({"lease", "attempts", "capacity", "retain", "mode", "synchronous"})
 
     def __init__(self, address: Address, clock: Clock = SYSTEM) -> None:
         super().__init__(address, clock)
-        self._file = file_of(address)
+        self._file, self._mode = file_of(address), mode_of(address)
         self._lease = address.option("lease", 30.0, 0.1)
         self.attempts = address.count("attempts", 10)
         self._capacity = address.count("capacity", 100_000)
@@ -72,7 +73,7 @@ class Carrier(Transport):
         return self._database
 
     async def open(self) -> None:
-        self._database = await open_database(self._file)
+        self._database = await open_database(self._file, mode=self._mode)
         self._closing = False
         try:
             await self._database.submit(engine.CREATE, None)
